@@ -1,0 +1,79 @@
+"""Everything in jnorm that touches JAX internals, in one file. Tested with jax 0.10.0 and 0.10.2."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax._src import config, core, dispatch
+from jax.extend import core as jex
+from jax.interpreters import mlir
+from jax.sharding import PartitionSpec
+
+
+def varying_axes(a: jax.Array) -> frozenset:
+    """Manual mesh axes over which the type of `a` varies; empty wherever types are not tracked (check_vma off, pmap, vmap)."""
+    return core.typeof(a).mat.varying
+
+
+def align(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Cast every array to vary over all the axes that any of them varies over."""
+    union = frozenset().union(*map(varying_axes, arrays))
+    return [lax.pcast(a, tuple(union - varying_axes(a)), to="varying") if union - varying_axes(a) else a for a in arrays]
+
+
+def bound_axis_sizes() -> dict[Any, int]:
+    """The named axes that are bound here, by `vmap`, `pmap` or `shard_map`, and their sizes."""
+    return dict(core.get_axis_env().axis_sizes)
+
+
+def manual_axes() -> frozenset:
+    """The named axes that belong to a mesh (`shard_map`, `pmap`), and not to a `vmap`."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def types_track_varying() -> bool:
+    """Whether `shard_map(check_vma=True)` is being traced."""
+    return bool(manual_axes()) and bool(config._check_vma.value)
+
+
+def x64_enabled() -> bool:
+    """The setting of this thread, which may be another than the global one."""
+    return bool(config.enable_x64.value)
+
+
+def new_primitive(name: str, abstract_eval: Callable, lowering: Callable, cpu_lowering: Callable | None = None) -> jex.Primitive:
+    """A primitive of several results that runs eagerly, is lowered per platform, and is told the devices when it is."""
+    primitive = jex.Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *args, **params: dispatch.apply_primitive(primitive, *args, **params))
+    primitive.def_abstract_eval(abstract_eval)
+    mlir.register_lowering(primitive, lowering)
+    if cpu_lowering is not None:
+        mlir.register_lowering(primitive, cpu_lowering, platform="cpu")
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+    return primitive
+
+
+def lower_as(fun: Callable, context: Any, *operands: Any) -> Any:
+    """Lower the operands of a primitive as `fun` of them."""
+    return mlir.lower_fun(fun, multiple_results=True)(context, *operands)
+
+
+def automatic_device_count(context: Any) -> int:
+    """Devices over which the compiler partitions the program by itself: 1 inside `pmap` and `shard_map`, wholly or partly manual.
+
+    In a partly manual mesh `custom_partitioning` aborts, so the plain form is lowered there and XLA partitions that.
+    """
+    return getattr(context.module_context.axis_context, "num_devices", 1)
+
+
+def result_avals(like: Any, shapes: Iterable[Any]) -> list:
+    """Abstract results with the manual axes of the abstract operand `like`, and its sharding along every axis they share in full."""
+    spec = tuple(like.sharding.spec) + (None,) * (len(like.shape) - len(like.sharding.spec))
+    avals = []
+    for s in shapes:
+        aligned = [p if n == m else None for p, n, m in zip(spec, s.shape, like.shape, strict=True)]
+        sharding = like.sharding.update(spec=PartitionSpec(*aligned))
+        avals.append(core.ShapedArray(s.shape, s.dtype, sharding=sharding, manual_axis_type=like.mat))
+    return avals

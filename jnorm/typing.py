@@ -1,0 +1,25 @@
+"""Types of jnorm's public functions."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NotRequired, TypedDict
+
+from jaxtyping import Array, ArrayLike, Complex, Float
+
+Axes = int | Sequence[int]
+AxisName = Hashable | Sequence[Hashable]
+AxisIndexGroups = Sequence[Sequence[int]]
+Mask = ArrayLike
+Activation = str | Callable[[Array], Array]
+Momentum = float | Array | None
+Map = Callable[[Any, Any], tuple]
+
+
+class BatchNormState(TypedDict):
+    """Running statistics of :func:`jnorm.batch_norm` and :func:`jnorm.tracked_instance_norm`; also Flax's `batch_stats` entry."""
+
+    mean: Float[Array, "*features"] | Complex[Array, "*features"]
+    var: Float[Array, "*features"]
+    count: NotRequired[Float[Array, ""]]
+
+
+__all__ = ["Activation", "Axes", "AxisIndexGroups", "AxisName", "BatchNormState", "Map", "Mask", "Momentum"]
