@@ -1,0 +1,99 @@
+"""Checks of the arguments that all norms share: what is static is refused here, at trace time."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .._kernels._forms import ACTIVATIONS
+from .._stats import AxisNames, Groups, canonical_axis_names, stats_dtype
+from ..typing import Activation, AxisIndexGroups, AxisName, Mask
+from .axes import Layout
+
+
+class Across(NamedTuple):
+    """The named axes that statistics are merged over."""
+
+    names: AxisNames = ()
+    groups: Groups = None
+
+    @classmethod
+    def of(cls, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None) -> "Across":
+        return cls(*canonical_axis_names(axis_name, axis_index_groups))
+
+
+def check_x(x: Any, allow_complex: bool = False) -> jax.Array:
+    x = jnp.asarray(x)
+    kinds = (jnp.floating, jnp.complexfloating) if allow_complex else (jnp.floating,)
+    if not any(jnp.issubdtype(x.dtype, k) for k in kinds):
+        hint = "only batch_norm takes complex x" if jnp.iscomplexobj(x) else "convert it first, such as x.astype(jnp.float32)"
+        raise TypeError(f"x must be of a floating dtype, got {x.dtype}; {hint}.")
+    return x
+
+
+def check_activation(activation: Activation | None) -> str | None:
+    """The name of a fused activation; None for a callable, which is applied after the unit."""
+    if isinstance(activation, str) and activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is unknown; pass one of {sorted(ACTIVATIONS)} or a callable.")
+    if not (activation is None or isinstance(activation, str) or callable(activation)):
+        raise TypeError(f"activation must be None, a name out of {sorted(ACTIVATIONS)} or a callable, got {activation!r}.")
+    return activation if isinstance(activation, str) else None
+
+
+def check_epsilon(epsilon: float) -> float:
+    if isinstance(epsilon, Tracer):
+        raise TypeError("epsilon must be a Python number: it is static.")
+    if not float(epsilon) >= 0:
+        raise ValueError(f"epsilon must be at least 0, got {epsilon}.")
+    return float(epsilon)
+
+
+def check_residual(residual: Any, x: jax.Array) -> jax.Array | None:
+    if residual is None:
+        return None
+    residual = jnp.asarray(residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {x.shape}, got {residual.shape}.")
+    if jnp.iscomplexobj(residual) != jnp.iscomplexobj(x) or not jnp.issubdtype(residual.dtype, jnp.inexact):
+        raise TypeError(f"residual must be of x's kind, floating or complex; x is {x.dtype}, residual {residual.dtype}.")
+    return residual
+
+
+def check_affine(value: Any, name: str, layout: Layout, x: jax.Array) -> jax.Array | None:
+    """Scale or bias, in the statistics' dtype."""
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    if value.shape != layout.feature_shape:
+        raise ValueError(
+            f"{name} must have the shape of x's feature axes {layout.feature_shape}, got {value.shape}; x has shape {layout.shape}."
+        )
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise TypeError(f"{name} must be real, got {value.dtype}.")
+    return value.astype(jnp.finfo(stats_dtype(x.dtype)).dtype)
+
+
+def check_dtype(dtype: Any, x: jax.Array) -> jnp.dtype:
+    """y's dtype."""
+    result = x.dtype if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(result, jnp.complexfloating if jnp.iscomplexobj(x) else jnp.floating):
+        raise TypeError(f"dtype must be {'complex' if jnp.iscomplexobj(x) else 'floating'}, as x ({x.dtype}) is, got {result}.")
+    return result
+
+
+def broadcast_mask(mask: Mask | None, x: jax.Array) -> jax.Array | None:
+    """The mask as bool, of x's rank."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    try:
+        fits = np.broadcast_shapes(mask.shape, x.shape) == x.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask of shape {mask.shape} does not broadcast against x of shape {x.shape}; add axes of size 1 where it is constant."
+        )
+    return mask.astype(bool).reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
