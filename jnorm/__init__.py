@@ -1,0 +1,34 @@
+"""jnorm: the normalization library for JAX and Flax.
+
+Every norm is a pure function; running statistics are an explicit dict that goes in and comes out.
+"""
+
+from ._norms.batch_norm import batch_norm as batch_norm
+from ._norms.batch_norm import batch_norm_state as batch_norm_state
+from ._norms.group_norm import group_norm as group_norm
+from ._norms.instance_norm import instance_norm as instance_norm
+from ._norms.layer_norm import layer_norm as layer_norm
+from ._norms.layer_norm import rms_norm as rms_norm
+from ._norms.tracked_instance_norm import tracked_instance_norm as tracked_instance_norm
+from ._pipeline.axes import pad_batch as pad_batch
+from ._pipeline.moments import moments as moments
+from ._pipeline.normalize import normalize as normalize
+from ._stats import Stats as Stats
+from ._stats import combine as combine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Stats",
+    "batch_norm",
+    "batch_norm_state",
+    "combine",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "moments",
+    "normalize",
+    "pad_batch",
+    "rms_norm",
+    "tracked_instance_norm",
+]

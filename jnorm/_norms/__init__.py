@@ -1,0 +1,1 @@
+"""One file a norm: its state, its map, its function."""

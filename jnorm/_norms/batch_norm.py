@@ -1,0 +1,242 @@
+"""Batch normalization."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._pipeline.arguments import (
+    Across,
+    broadcast_mask,
+    check_activation,
+    check_affine,
+    check_dtype,
+    check_epsilon,
+    check_residual,
+    check_x,
+)
+from .._pipeline.axes import Layout, canonical_axes, others
+from .._pipeline.moments import keepdims_moments
+from .._pipeline.normalize import run
+from .._pipeline.running import check_momentum, check_state, corrected_var, update
+from .._stats import Stats, inverse_sqrt, stats_dtype
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum
+
+
+def batch_norm_state(num_features: int | Sequence[int], *, track_count: bool = False, dtype: Any = jnp.float32) -> BatchNormState:
+    """Running statistics before any update: mean 0 and variance 1.
+
+    Args:
+      num_features: size of the feature axis, or sizes of several in ascending order of the axes.
+      track_count: add `"count"`, a scalar 0, for debiased and cumulative averages.
+      dtype: the mean's; a complex one for complex x. Variance and count have its real counterpart.
+
+    Returns:
+      `{"mean": zeros, "var": ones}` of shape `(num_features,)`, and with `track_count` also `"count"`.
+
+    Example:
+      >>> import jnorm
+      >>> {k: v.shape for k, v in jnorm.batch_norm_state(64, track_count=True).items()}
+      {'mean': (64,), 'var': (64,), 'count': ()}
+    """
+    shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+    mean = jnp.zeros(shape, dtype)
+    state = BatchNormState(mean=mean, var=jnp.ones(shape, mean.real.dtype))
+    if track_count:
+        state["count"] = jnp.zeros((), mean.real.dtype)
+    return state
+
+
+class _Aux(NamedTuple):
+    """What the map takes beside the statistics, each broadcastable against them."""
+
+    mean: jax.Array
+    var: jax.Array
+    scale: jax.Array | None
+    bias: jax.Array | None
+
+
+def _map(epsilon: float, stats: Stats, aux: _Aux) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch statistics where anything is counted, running ones elsewhere: always so in evaluation, whose statistics count nothing."""
+    counted = stats.count > 0
+    mul = inverse_sqrt(jnp.where(counted, stats.var, aux.var) + epsilon)
+    shift = jnp.where(counted, stats.offset, aux.mean - stats.center)
+    return shift, mul if aux.scale is None else mul * aux.scale, jnp.zeros_like(mul) if aux.bias is None else aux.bias
+
+
+def _at_mean(mean: jax.Array, layout: Layout) -> Stats:
+    """Statistics that count nothing, around the running mean: evaluation."""
+    center = lax.stop_gradient(layout.expand(mean))
+    zero = jnp.zeros_like(center)
+    return Stats(zero, center, zero, zero)
+
+
+class _Call(NamedTuple):
+    """The checked arguments of one call."""
+
+    x: jax.Array
+    aux: _Aux
+    layout: Layout
+    mask: jax.Array | None
+    residual: jax.Array | None
+    dtype: Any
+    activation: Activation | None
+
+
+def _unit(across: Across, epsilon: float, frozen: bool, updates: bool, map: Callable, call: _Call) -> tuple[jax.Array, Stats]:
+    """y and the statistics of the batch, which in evaluation are taken only if they update the state."""
+    x, aux, layout, mask, residual, dtype, activation = call
+    fixed = _at_mean(aux.mean, layout) if frozen else None
+    y, stats = run(
+        x,
+        functools.partial(map, epsilon),
+        aux,
+        layout,
+        across,
+        mask=mask,
+        residual=residual,
+        activation=activation,
+        dtype=dtype,
+        fixed=fixed,
+    )
+    if frozen and updates:
+        stats = keepdims_moments(x, mask, layout.reduced, across)
+    return y, jax.tree.map(layout.squeeze, stats)
+
+
+def _complex_unit(how: Callable, call: _Call) -> tuple[jax.Array, Stats]:
+    """Complex x as real and imaginary parts in one more feature axis, last, over which m2 is added; scale and bias are real."""
+    x, aux, layout, mask, residual, dtype, activation = call
+    pairs = _Aux(
+        _pair(aux.mean),
+        aux.var[..., None],
+        None if aux.scale is None else aux.scale[..., None],
+        None if aux.bias is None else jnp.stack([aux.bias, jnp.zeros_like(aux.bias)], -1),
+    )
+    wide = Layout((*x.shape, 2), layout.reduced, (*layout.features, x.ndim))
+    real = jnp.finfo(dtype).dtype
+    y, stats = how(
+        _map_of_pairs,
+        _Call(_pair(x), pairs, wide, None if mask is None else mask[..., None], None if residual is None else _pair(residual), real, None),
+    )
+    y = lax.complex(y[..., 0], y[..., 1])
+    mean = lax.complex(stats.mean[..., 0], stats.mean[..., 1])
+    merged = Stats(stats.count[..., 0], mean, jnp.zeros_like(mean), stats.m2.sum(-1))
+    return (activation(y) if callable(activation) else y), merged
+
+
+def _pair(z: jax.Array) -> jax.Array:
+    return jnp.stack([z.real, z.imag], -1)
+
+
+def _map_of_pairs(epsilon: float, stats: Stats, aux: _Aux) -> tuple[jax.Array, jax.Array, jax.Array]:
+    both = stats.m2.sum(-1, keepdims=True)
+    return _map(epsilon, stats._replace(m2=jnp.broadcast_to(both, stats.m2.shape)), aux)
+
+
+def batch_norm(
+    x: jax.Array,
+    state: BatchNormState,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    use_running_average: bool = False,
+    update_running: bool | None = None,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    feature_axes: Axes = -1,
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    running_var_correction: int | float = 0,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
+    dtype: Any = None,
+) -> tuple[jax.Array, BatchNormState]:
+    r"""Batch normalization: each feature over the batch and all other axes.
+
+    .. math:: y = \text{act}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}\,\gamma + \beta + \text{residual}\right)
+
+    with the mean and biased variance of the batch, or the running ones.
+
+    Args:
+      x: `(..., C)`, or features on any axes; floating or complex.
+      state: from :func:`batch_norm_state`; also a `batch_stats` entry of Flax as it is.
+      scale: gamma, real, `(C,)`; 1 where None.
+      bias: beta, real, `(C,)`; 0 where None.
+      use_running_average: normalize with the running statistics (evaluation).
+      update_running: whether the state moves; None: exactly when batch statistics normalize. Together with `use_running_average`, the
+        statistics from before the update normalize.
+      momentum: the fraction of the old running value that is kept, a float or a traced scalar (clipped to [0, 1]). None: the cumulative
+        average, which needs `state["count"]`. Where the state has a count, the average is debiased: count ← momentum·count + 1,
+        stat ← stat + (batch - stat) / count.
+      epsilon: added to the variance.
+      feature_axes: the axes that keep their own statistics; all others are reduced.
+      mask: broadcasts against x; nonzero counts. What is not counted enters no statistic; it goes through the same map (a non-finite
+        value as the mean).
+      axis_name: named axis or axes of `pmap`, `shard_map` or `vmap` to merge statistics over, by count. Not needed under jit over sharded
+        arrays, where statistics are global.
+      axis_index_groups: groups of equal size within that axis.
+      running_var_correction: the variance that enters the state is the biased one times n / max(n - correction, 1); 1 is PyTorch's.
+      activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after. Complex x takes callables only.
+      residual: of x's shape, added before the activation.
+      dtype: y's dtype; x's where None.
+
+    Returns:
+      y of x's shape, and the state: the same keys, shapes and dtypes. Where nothing updates it is the object that was given.
+
+    Raises:
+      ValueError: shapes, axes, names, groups or a static momentum that do not fit; `momentum=None` without a count.
+      TypeError: x is not floating or complex; complex x with a real state.
+
+    Numerics:
+      Statistics in at least float32 from x as given; stable for a mean 1e4 times the spread. A feature that counted nothing is normalized
+      with the running statistics and leaves them alone. One counted value gives the bias. Complex x: var = E|x - mean|², real.
+      Kept for the backward pass: x, and the residual where a named activation follows it.
+
+    Distributed:
+      One packed all-gather of count, mean (two floats) and m2 up to 64 participants, two all-reduces above; one all-reduce of 2C numbers
+      backward; none in evaluation. Shards may be uneven, masked or empty. With `check_vma=True` JAX sums the gradients of scale and
+      bias; elsewhere they are local and the caller sums them.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, jnorm
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0], [5.0, 10.0], [7.0, 14.0]])
+      >>> y, state = jnorm.batch_norm(x, jnorm.batch_norm_state(2), momentum=0.5)
+      >>> print(np.asarray(y[:, 0]).round(3), state["mean"])
+      [-1.342 -0.447  0.447  1.342] [2. 4.]
+      >>> y, same = jnorm.batch_norm(x, state, use_running_average=True)
+      >>> same is state
+      True
+
+    References:
+      Ioffe, Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167. Defaults and state are Flax's. PyTorch's momentum is
+      1 - momentum, and its running variance the unbiased one (`running_var_correction=1`); Keras's epsilon is 1e-3.
+    """
+    x = check_x(x, allow_complex=True)
+    is_complex = jnp.iscomplexobj(x)
+    features = canonical_axes(feature_axes, x.ndim, "feature_axes")
+    layout = Layout(x.shape, others(x.ndim, features), features)
+    if not layout.reduced:
+        raise ValueError(f"batch_norm has no axis to reduce: feature_axes={feature_axes!r} are all of x's {x.ndim} axes.")
+    check_state(state, layout.feature_shape, is_complex)
+    check_momentum(momentum, state)
+    if is_complex and check_activation(activation):
+        raise TypeError(f"activation {activation!r} is for real x; pass a callable of complex arrays.")
+    updates = not use_running_average if update_running is None else update_running
+    wide = stats_dtype(x.dtype)
+    aux = _Aux(
+        jnp.asarray(state["mean"]).astype(wide),
+        jnp.asarray(state["var"]).astype(jnp.finfo(wide).dtype),
+        check_affine(scale, "scale", layout, x),
+        check_affine(bias, "bias", layout, x),
+    )
+    call = _Call(x, aux, layout, broadcast_mask(mask, x), check_residual(residual, x), check_dtype(dtype, x), activation)
+    how = functools.partial(_unit, Across.of(axis_name, axis_index_groups), check_epsilon(epsilon), use_running_average, updates)
+    y, stats = _complex_unit(how, call) if is_complex else how(_map, call)
+    if not updates:
+        return y, state
+    return y, update(state, stats.mean, corrected_var(stats, running_var_correction), stats.count > 0, momentum)

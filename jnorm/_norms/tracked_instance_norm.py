@@ -1,0 +1,116 @@
+"""Instance normalization with running statistics."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._pipeline.arguments import Across, broadcast_mask, check_x
+from .._pipeline.axes import Layout
+from .._pipeline.moments import keepdims_moments
+from .._pipeline.running import check_momentum, check_state, corrected_var, update
+from .._stats import Stats
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum
+from .batch_norm import batch_norm
+from .instance_norm import instance_layout, run_instances
+
+
+def tracked_instance_norm(
+    x: jax.Array,
+    state: BatchNormState,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    use_running_average: bool = False,
+    update_running: bool | None = None,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-6,
+    reduction_axes: Axes | None = None,
+    feature_axes: Axes = -1,
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    running_var_correction: int | float = 0,
+    activation: Activation | None = None,
+    dtype: Any = None,
+) -> tuple[jax.Array, BatchNormState]:
+    r"""Instance normalization that also averages its statistics over samples, and normalizes with that average in evaluation.
+
+    Training is :func:`instance_norm`. In evaluation it is no longer an instance norm:
+
+    .. math:: y = \text{act}\left(\frac{x - \mu_{\text{running}}}{\sqrt{\sigma^2_{\text{running}} + \epsilon}}\,\gamma + \beta\right)
+
+    Args:
+      x: `(N, ..., C)`, or features on any axes; floating.
+      state: from :func:`batch_norm_state`.
+      scale: gamma, of the shape of the feature axes; 1 where None.
+      bias: beta, of the shape of the feature axes; 0 where None.
+      use_running_average: normalize with the running statistics (evaluation).
+      update_running: whether the state moves; None: exactly when the samples' own statistics normalize.
+      momentum: the fraction of the old running value that is kept, a float or a traced scalar (clipped to [0, 1]); None: the cumulative
+        average, which needs `state["count"]`.
+      epsilon: added to the variance.
+      reduction_axes: the axes that are reduced, none of them a feature axis; None: all but the first and the feature axes.
+      feature_axes: the axes along which scale, bias and state vary.
+      mask: broadcasts against x; nonzero counts. A sample that counts nothing does not enter the average.
+      axis_name: named axis or axes over which the reduced axes are split. Not the axis that the batch is split over: see below.
+      axis_index_groups: groups of equal size within that axis.
+      running_var_correction: each sample's variance enters times n / max(n - correction, 1); 1 is PyTorch's.
+      activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
+      dtype: y's dtype; x's where None.
+
+    Returns:
+      y of x's shape, and the state: the same keys, shapes and dtypes. Where nothing updates it is the object that was given.
+
+    Raises:
+      ValueError, TypeError: as :func:`instance_norm` and :func:`batch_norm`.
+
+    Numerics:
+      As :func:`instance_norm`. The update averages the samples' means and variances, so that the spread between samples is not in it.
+
+    Distributed:
+      As :func:`instance_norm`. A batch that is split over devices needs no collective to normalize; the update is linear in the samples, so
+      that `jax.lax.pmean` of the new states over equal shards is the state of the whole batch.
+
+    Example:
+      >>> import jax.numpy as jnp, jnorm
+      >>> x = jnp.array([[[1.0], [3.0]], [[5.0], [9.0]]])  # two samples, two positions, one channel
+      >>> y, state = jnorm.tracked_instance_norm(x, jnorm.batch_norm_state(1), momentum=0.0)
+      >>> y.ravel().round(4).tolist(), state["mean"].tolist(), state["var"].tolist()
+      ([-1.0, 1.0, -1.0, 1.0], [4.5], [2.5])
+
+    References:
+      Ulyanov, Vedaldi, Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization", 2016,
+      https://arxiv.org/abs/1607.08022. PyTorch's InstanceNorm with `track_running_stats=True`, whose momentum is 1 - momentum,
+      whose running variance is the unbiased one (`running_var_correction=1`) and whose epsilon is 1e-5.
+    """
+    x = check_x(x)
+    layout = instance_layout(x, reduction_axes, feature_axes)
+    check_state(state, layout.feature_shape, False)
+    check_momentum(momentum, state)
+    across = Across.of(axis_name, axis_index_groups)
+    options = {"epsilon": epsilon, "mask": broadcast_mask(mask, x), "activation": activation, "dtype": dtype}
+    updates = not use_running_average if update_running is None else update_running
+    if use_running_average:
+        y, _ = batch_norm(x, state, scale, bias, use_running_average=True, feature_axes=layout.features, **options)
+        stats = _instance_stats(x, options["mask"], layout, across) if updates else None
+    else:
+        y, stats = run_instances(x, scale, bias, layout, across, **options)
+    if not updates or stats is None:
+        return y, state
+    return y, _updated(state, stats, layout, momentum, running_var_correction)
+
+
+def _instance_stats(x: jax.Array, mask: jax.Array | None, layout: Layout, across: Across) -> Stats:
+    return jax.tree.map(layout.squeeze, keepdims_moments(x, mask, layout.reduced, across))
+
+
+def _updated(state: BatchNormState, stats: Stats, layout: Layout, momentum: Momentum, correction: int | float) -> BatchNormState:
+    samples = tuple(range(stats.count.ndim - len(layout.features)))
+    counted = (stats.count > 0).astype(stats.count.dtype)
+    number = counted.sum(samples)
+
+    def average(v: jax.Array) -> jax.Array:
+        return (counted * v).sum(samples) / jnp.maximum(number, 1)
+
+    return update(state, average(stats.mean), average(corrected_var(stats, correction)), number > 0, momentum)
