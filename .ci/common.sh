@@ -1,0 +1,151 @@
+# shellcheck shell=bash
+# The stages that .ci/run and .ci/full are made of. Sourced, with `set -euo pipefail` on; every command that fails ends the run.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+exec </dev/null
+unset PYTHONPATH PYTEST_ADDOPTS
+export CI=true JAX_PLATFORMS=cpu PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+tools=.ci/venv/bin         # ruff, pyright, examples, benchmarks
+oldest=.ci/venv-oldest/bin # the oldest supported JAX
+out=.ci/out                # test reports, and what the examples write
+rm -rf "$out"
+mkdir -p "$out"
+
+torch=$(sed -n 's/^torch = \["\(.*\)"\]$/\1/p' pyproject.toml)
+oldest_jax=$(sed -n 's/^dependencies = .*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+
+current="setting up"
+trap 'run_ended $?' EXIT
+
+stage() {
+  current=$*
+  printf '\n=== %d s: %s ===\n' $SECONDS "$current"
+}
+
+run_ended() {
+  if [ "$1" -eq 0 ]; then
+    printf '\n=== green after %d s ===\n' $SECONDS
+  else
+    printf '\n=== FAILED (exit %d) after %d s: %s ===\n' "$1" $SECONDS "$current" >&2
+  fi
+}
+
+show_and_run() {
+  printf '$ %s\n' "$*"
+  "$@"
+}
+
+# fresh_venv DIR PIP_ARGUMENT...
+fresh_venv() {
+  python -m venv --clear "$1"
+  "$1/bin/python" -m pip install "${@:2}"
+  "$1/bin/python" -c 'import jax, platform; print("Python", platform.python_version(), "jax", jax.__version__, "in", __import__("sys").prefix)'
+}
+
+# readme_command N: the N-th of the two commands in the README's section "Set-up".
+readme_command() {
+  awk -v want="$1" '
+    !block && /^## / { section = ($0 ~ /^## Set-up *$/) }
+    section && !block && /^```bash *$/ { block = 1; count++; next }
+    block && /^``` *$/ { block = 0; next }
+    block && NF { lines[count]++; text[count] = $0 }
+    END {
+      if (count != 2 || lines[1] != 1 || lines[2] != 1) {
+        print "README.md: the section \"## Set-up\" must have two ```bash blocks of one line each" > "/dev/stderr"
+        exit 1
+      }
+      print text[want]
+    }' README.md
+}
+
+run_readme_command() {
+  local command
+  command=$(readme_command "$1")
+  printf '$ %s\n' "$command"
+  bash -euo pipefail -c "$command"
+}
+
+check_style_and_types() {
+  stage "ruff"
+  show_and_run "$tools/ruff" check
+  show_and_run "$tools/ruff" format --check
+  stage "pyright"
+  show_and_run "$tools/pyright" --pythonpath "$tools/python" --warnings
+}
+
+install_tools() {
+  stage "virtual environment for the tools, the examples and the benchmarks"
+  fresh_venv .ci/venv -e ".[dev]"
+}
+
+# readme_tests MARKERS: the README's test command as it stands; PyTorch is installed beforehand, so that its tests are not skipped.
+readme_tests() {
+  stage "the README's test command, newest JAX, with PyTorch (-m '$1')"
+  [ -x .venv/bin/python ] || python -m venv .venv
+  .venv/bin/python -m pip install "$torch"
+  PYTEST_ADDOPTS="-m '$1' -rs --durations=15 --junitxml=$out/newest.xml" run_readme_command 2
+  .venv/bin/python -c 'import jax, torch; print("tested with jax", jax.__version__, "and torch", torch.__version__)'
+  torch_tests_ran "$out/newest.xml"
+}
+
+torch_tests_ran() {
+  stage "the PyTorch tests were not skipped"
+  "$tools/python" - "$1" <<'PYTHON'
+import sys
+import xml.etree.ElementTree as ET
+
+cases = [c for c in ET.parse(sys.argv[1]).iter("testcase") if "test_torch" in f"{c.get('classname')}.{c.get('name')}"]
+skipped = [c for c in cases if any(s.get("type") != "pytest.xfail" for s in c.iter("skipped"))]
+print(f"test_torch: {len(cases)} tests, {len(skipped)} skipped")
+sys.exit(not cases or bool(skipped))
+PYTHON
+}
+
+# install_oldest EXTRAS: with the lower bound of jax in pyproject.toml.
+install_oldest() {
+  stage "virtual environment with the oldest supported JAX, $oldest_jax"
+  fresh_venv .ci/venv-oldest "jax==$oldest_jax" "jaxlib==$oldest_jax" -e ".[$1]"
+}
+
+# oldest_tests PYTEST_ARGUMENT...
+oldest_tests() {
+  stage "tests with the oldest supported JAX, $oldest_jax"
+  show_and_run "$oldest/python" -m pytest -n auto -q -rs --durations=15 "--junitxml=$out/oldest.xml" "$@"
+}
+
+digits() {
+  show_and_run "$tools/python" examples/train_digits.py --checkpoint "$out/digits-checkpoint" "$@"
+}
+
+# train_digits ARGUMENT...: a run that must succeed and leave its plot.
+train_digits() {
+  rm -f "$out/digits.png"
+  digits --plot "$out/digits.png" "$@"
+  test -s "$out/digits.png"
+}
+
+# train_digits_norm MODEL NORM DEVICES: a short run, or the refusal where the norm has no axis to reduce in that model.
+train_digits_norm() {
+  local arguments=(--quick --no-baseline --model "$1" --norm "$2" --devices "$3")
+  case "$1 $2" in
+    "mlp instance_norm" | "mlp tracked_instance_norm")
+      if digits --plot "$out/refused.png" "${arguments[@]}" 2>"$out/refused.txt"; then
+        echo "train_digits.py accepted a norm that has no axis to reduce" >&2
+        return 1
+      fi
+      cat "$out/refused.txt"
+      grep -q -- "error: --norm $2 reduces" "$out/refused.txt"
+      ;;
+    *) train_digits "${arguments[@]}" ;;
+  esac
+}
+
+digits_norms() {
+  PYTHONPATH=examples "$tools/python" -c 'from digits_models import NORMS; print(*NORMS)'
+}
+
+step_time() {
+  stage "the benchmark of the training step, short"
+  show_and_run "$tools/python" benchmarks/step_time.py "$@"
+}
