@@ -1,14 +1,16 @@
 """Everything in jnorm that touches JAX internals, in one file. Tested with jax 0.10.0 and 0.10.2."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax._src import config, core, dispatch
 from jax.extend import core as jex
 from jax.interpreters import mlir
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def varying_axes(a: jax.Array) -> frozenset:
@@ -56,8 +58,19 @@ def new_primitive(name: str, abstract_eval: Callable, lowering: Callable, cpu_lo
 
 
 def lower_as(fun: Callable, context: Any, *operands: Any) -> Any:
-    """Lower the operands of a primitive as `fun` of them."""
-    return mlir.lower_fun(fun, multiple_results=True)(context, *operands)
+    """Lower the operands of a primitive as `fun` of them, which sees shapes and dtypes only: no shardings in types."""
+    plain = context.replace(avals_in=[_without_sharding(a) for a in context.avals_in])
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())) if _has_explicit_axes() else nullcontext():
+        return mlir.lower_fun(fun, multiple_results=True)(plain, *operands)
+
+
+def _has_explicit_axes() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
+def _without_sharding(aval: Any) -> Any:
+    explicit = any(p is not None for p in aval.sharding.spec)
+    return core.ShapedArray(aval.shape, aval.dtype) if explicit else aval
 
 
 def automatic_device_count(context: Any) -> int:
@@ -66,6 +79,26 @@ def automatic_device_count(context: Any) -> int:
     In a partly manual mesh `custom_partitioning` aborts, so the plain form is lowered there and XLA partitions that.
     """
     return getattr(context.module_context.axis_context, "num_devices", 1)
+
+
+def with_sharding_of(value: jax.Array, aval: Any) -> jax.Array:
+    """The value with the sharding in the abstract value's type, on a mesh of explicit axes."""
+    if not _has_explicit_axes() or core.typeof(value).sharding.spec == aval.sharding.spec:
+        return value
+    return jax.sharding.reshard(value, aval.sharding.spec)
+
+
+def mesh_and_spec(sharding: Any, ndim: int) -> tuple[Any, tuple]:
+    """A mesh and the names of its axes that each axis of an array is split over, also where only the compiler knows the sharding."""
+    if isinstance(sharding, NamedSharding):
+        return sharding.mesh, tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
+    devices, tiling = np.asarray(sharding._device_assignment, object), sharding._hlo_sharding
+    if tiling.is_replicated():
+        return Mesh(devices, ("all",)), (None,) * ndim
+    tiles = tiling.tile_assignment_dimensions()
+    names = tuple(f"axis{i}" for i in range(len(tiles)))
+    mesh = Mesh(devices[np.asarray(tiling.tile_assignment_devices())].reshape(tiles), names)
+    return mesh, tuple(n if size > 1 else None for n, size in zip(names[:ndim], tiles, strict=False))
 
 
 def result_avals(like: Any, shapes: Iterable[Any]) -> list:

@@ -14,7 +14,16 @@ from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, 
 from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._jax_internals import align, automatic_device_count, lower_as, new_primitive, result_avals, x64_enabled
+from .._jax_internals import (
+    align,
+    automatic_device_count,
+    lower_as,
+    mesh_and_spec,
+    new_primitive,
+    result_avals,
+    with_sharding_of,
+    x64_enabled,
+)
 
 Spans = Callable[[Sequence[int]], tuple]
 
@@ -105,7 +114,8 @@ def adjoint(a: Op, b: Op) -> None:
 def _transpose(f: Op, g: Op, cotangents: Sequence, /, *operands: Any, **params: Any) -> list:
     n = f.linear(**params)
     out = g(*map(ad.instantiate_zeros, cotangents), *operands[n:], **params)
-    return [o if ad.is_undefined_primal(x) else None for o, x in zip(out, operands, strict=False)] + [None] * (len(operands) - n)
+    linear = zip(out, operands, strict=False)
+    return [with_sharding_of(o, x.aval) if ad.is_undefined_primal(x) else None for o, x in linear] + [None] * (len(operands) - n)
 
 
 # --- partitioning: jit over sharded arrays --------------------------------------------------------------------------------------
@@ -117,8 +127,8 @@ def _partitioned(body: Callable, avals_in: Sequence, avals_out: Sequence) -> Cal
     full = avals_in[large].shape
     x64 = x64_enabled()
 
-    def partition(mesh: Any, parts: Sequence, _: Any) -> tuple:
-        spec = tuple(parts[large].sharding.spec) + (None,) * (len(full) - len(parts[large].sharding.spec))
+    def partition(_mesh: Any, parts: Sequence, _results: Any) -> tuple:
+        mesh, spec = mesh_and_spec(parts[large].sharding, len(full))
 
         def spans(axes: Sequence[int]) -> tuple:
             return tuple(name for i in axes for name in _as_tuple(spec[i]))

@@ -121,7 +121,11 @@ def _map(groups: int, epsilon: float, stats: Stats, aux: tuple) -> tuple[jax.Arr
     channels = stats.count.shape[-1]
     merged = combine(jax.tree.map(lambda a: a.reshape(*a.shape[:-1], groups, channels // groups), stats), -1)
     rstd = jnp.where(merged.count > 0, inverse_sqrt(merged.var + epsilon), 0)
-    center, offset, mul = (jnp.repeat(a, channels // groups, -1) for a in (merged.center, merged.offset, rstd))
+
+    def per_channel(a: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(a[..., None], (*a.shape, channels // groups)).reshape(stats.count.shape)
+
+    center, offset, mul = map(per_channel, (merged.center, merged.offset, rstd))
     # The difference of centers first: it is small and exact where the channels' means are close.
     shift = (center - stats.center) + offset
     row = (1,) * (mul.ndim - 1) + (-1,)
