@@ -193,8 +193,9 @@ def batch_norm(
       TypeError: x is not floating or complex; complex x with a real state.
 
     Numerics:
-      Statistics in at least float32 from x as given; stable for a mean 1e4 times the spread. A feature that counted nothing is normalized
-      with the running statistics and leaves them alone. One counted value gives the bias. Complex x: var = E|x - mean|², real.
+      Statistics in at least float32 from x as given; stable for a mean 1e4 times the spread; right as long as the sum of squared
+      deviations is in range (some 1e19 / √count from the mean; gradients some 1e16), and finite beyond. A feature that counted nothing is
+      normalized with the running statistics and leaves them alone. One counted value gives the bias. Complex x: var = E|x - mean|², real.
       Kept for the backward pass: x, and the residual where a named activation follows it.
 
     Distributed:

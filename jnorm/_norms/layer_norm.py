@@ -50,7 +50,8 @@ def layer_norm(
 
     Numerics:
       Statistics in at least float32, the mean as two floats: a row of 1e4 + i·1e-3 comes out right. Without `axis_name` also rows up to
-      the largest finite x; with it up to 1e18. Kept for the backward pass: x and four numbers per row.
+      the largest finite x; with it, as long as the sum of squared deviations is in range. Kept for the backward pass: x and four
+      numbers per row.
 
     Distributed:
       With `axis_name` one all-gather forward (two all-reduces above 64 participants), and all-reduces backward; without, none.
@@ -102,7 +103,8 @@ def rms_norm(
       TypeError: x is not floating.
 
     Numerics:
-      The mean square in at least float32. Without `axis_name` right for rows up to the largest finite x; with it up to 1e18.
+      The mean square in at least float32. Without `axis_name` right for rows up to the largest finite x; with it, as long
+      as the sum of squares is in range.
       Kept for the backward pass: x and four numbers per row.
 
     Distributed:

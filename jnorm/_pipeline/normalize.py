@@ -34,8 +34,22 @@ class _Unit(NamedTuple):
             raise ValueError("map must return (shift, mul, add) or (shift, mul, add, scale, bias).")
         dtype = stats.center.dtype
         views = [self.layout.expand(jnp.asarray(v).astype(dtype)) for v in out]
-        shape = jnp.broadcast_shapes(stats.center.shape, *(v.shape for v in views[:3]))
+        shape = self._shape_of_map(stats.center.shape, [v.shape for v in views])
         return (*(jnp.broadcast_to(v, shape) for v in views[:3]), *views[3:])
+
+    def _shape_of_map(self, stats: tuple[int, ...], shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """The common shape of shift, mul and add, all shapes being of x's rank."""
+        try:
+            shape = np.broadcast_shapes(stats, *shapes[:3])
+            fits = np.broadcast_shapes(self.layout.shape, shape, *shapes[3:]) == self.layout.shape
+        except ValueError:
+            shape, fits = (), False
+        if not fits:
+            raise ValueError(
+                f"map returned arrays of shapes {shapes} (seen with x's rank), which must broadcast against the statistics, {stats}, "
+                f"or against x, {self.layout.shape}."
+            )
+        return shape
 
     def operands(self, x: jax.Array, stats: Stats, mapped: tuple, residual: jax.Array | None, mask: jax.Array | None) -> column.Operands:
         scale, bias = mapped[3:] or (None, None)
