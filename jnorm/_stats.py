@@ -107,6 +107,7 @@ def combine(stats: Stats, axis: int) -> Stats:
     References:
       Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
+    stats = Stats(stats.count, *(jnp.where(stats.count > 0, a, 0) for a in stats[1:]))
     count = stats.count.sum(axis, keepdims=True)
     weight = stats.count / jnp.maximum(count, 1)
     near_mean = (weight * stats.center).sum(axis, keepdims=True)
@@ -137,6 +138,8 @@ def canonical_axis_names(
             raise ValueError("axis_index_groups was given without axis_name; pass the name of the axis that the groups divide.")
         return (), None
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if len(set(names)) != len(names):
+        raise ValueError(f"axis_name={axis_name!r} names an axis twice.")
     sizes = bound_axis_sizes()
     for name in names:
         _check_bound(name, sizes)
@@ -197,19 +200,25 @@ def _gather(v: jax.Array, names: AxisNames, groups: Groups = None, partitioned: 
     for n in rest:
         # vmap gathers over one name at a time.
         if n not in of_mesh:
-            v = lax.all_gather(v, n).reshape(-1, *v.shape[1:])
+            v = _flat(lax.all_gather(v, n))
     if of_mesh and types_track_varying():
         # Everybody holds the same v.
-        v = jnp.broadcast_to(v, (math.prod(lax.axis_size(n) for n in of_mesh), *v.shape)).reshape(-1, *v.shape[1:])
+        v = _flat(jnp.broadcast_to(v, (math.prod(lax.axis_size(n) for n in of_mesh), *v.shape)))
     elif of_mesh:
         # Not with to="invarying": what JAX transposes inside pmap is then silently wrong.
-        v = lax.all_gather(v, tuple(of_mesh)).reshape(-1, *v.shape[1:])
-    return lax.all_gather(v, tuple(tracked), to="invarying").reshape(-1, *v.shape[1:]) if tracked else v
+        v = _flat(lax.all_gather(v, tuple(of_mesh)))
+    return _flat(lax.all_gather(v, tuple(tracked), to="invarying")) if tracked else v
+
+
+def _flat(v: jax.Array) -> jax.Array:
+    return v.reshape(v.shape[0] * v.shape[1], *v.shape[2:])
 
 
 def _sum_over(v: jax.Array, names: AxisNames, groups: Groups) -> jax.Array:
     if groups is None:
-        return lax.psum(v, names)
+        # psum takes what varies over all of the names; what is the same everywhere counts once for each participant.
+        alike = tuple(n for n in names if n not in varying_axes(v)) if types_track_varying() else ()
+        return lax.psum(lax.pcast(v, alike, to="varying") if alike else v, names)
     if _collectives_take_groups(names[0]):
         return lax.psum(v, names[0], axis_index_groups=groups)
     mine = _place(groups, names[0])[0]

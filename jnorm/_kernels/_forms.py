@@ -10,6 +10,9 @@ from jax import lax
 from .._stats import all_sum, stats_dtype
 from ._op import Spans
 
+# An exact factor, after which sums of the largest numbers are in range.
+DOWN = 2.0**-30
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "leaky_relu": jax.nn.leaky_relu,
@@ -23,11 +26,14 @@ def activate(act: str | None, z: jax.Array) -> jax.Array:
 
 
 def times_slope(act: str | None, z: Callable[[], jax.Array], v: jax.Array) -> jax.Array:
-    """v times the activation's derivative at z(), which is not computed where there is no activation."""
+    """v times the activation's derivative at z(), which is not computed where there is no activation.
+
+    0 where v is: what stands under a mask may be so large that the derivative there is NaN.
+    """
     if act is None:
         return v
     at = z()
-    return jax.jvp(ACTIVATIONS[act], (at,), (jnp.ones_like(at),))[1] * v
+    return jnp.where(v == 0, 0, jax.jvp(ACTIVATIONS[act], (at,), (jnp.ones_like(at),))[1] * v)
 
 
 def read(x: jax.Array) -> jax.Array:
@@ -91,4 +97,5 @@ def first_center(v: jax.Array, mask: jax.Array | None, n: jax.Array, axes: Seque
     """A value near the mean to subtract first: the first element where that is counted on every device, else a first mean."""
     if mask is None and not spans(axes) and v.size:
         return v[tuple(slice(0, 1) if i in axes else slice(None) for i in range(v.ndim))]
-    return mean(counted(v, mask), n, axes, spans)
+    # Any value near the mean does; scaled, the sum of the largest numbers is in range.
+    return mean(counted(v * DOWN, mask), n, axes, spans) / DOWN

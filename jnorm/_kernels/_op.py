@@ -5,6 +5,7 @@ platform.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -129,6 +130,8 @@ def _partitioned(body: Callable, avals_in: Sequence, avals_out: Sequence) -> Cal
 
     def partition(_mesh: Any, parts: Sequence, _results: Any) -> tuple:
         mesh, spec = mesh_and_spec(parts[large].sharding, len(full))
+        # An axis that its devices do not divide is padded by the compiler, and the padding would be counted: such an axis is gathered.
+        spec = [s if n % math.prod(mesh.shape[name] for name in _as_tuple(s)) == 0 else None for s, n in zip(spec, full, strict=True)]
 
         def spans(axes: Sequence[int]) -> tuple:
             return tuple(name for i in axes for name in _as_tuple(spec[i]))

@@ -21,11 +21,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._stats import all_sum, isolate, two_sum
-from ._forms import activate, apart, count, counted, first_center, local_sum, mean, read, sums, times_slope, usable
+from ._forms import DOWN, activate, apart, count, counted, first_center, local_sum, mean, read, sums, times_slope, usable
 from ._op import Op, Spans, adjoint
 
-# Rows with an element beyond the first number are multiplied by the second; squares of what is left are in range either way.
-_RANGE = {"float32": (2.0**50, 2.0**-100), "float64": (2.0**400, 2.0**-800)}
+# A row that deviates by more than a limit is multiplied by the power beside it, the last that applies: its squares are then in range, and
+# not so small that they vanish.
+_POWERS = {
+    "float32": ((2.0**40, 2.0**-60), (2.0**80, 2.0**-100)),
+    "float64": ((2.0**300, 2.0**-500), (2.0**700, 2.0**-860)),
+}
 
 
 class RowStats(NamedTuple):
@@ -49,10 +53,17 @@ def _stats(x: jax.Array, mask: jax.Array | None, power: jax.Array, axes: Sequenc
     return center, offset, square / jnp.maximum(n, 1)
 
 
-def _power(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], spans: Spans) -> jax.Array:
-    limit, factor = _RANGE[read(x).dtype.name]
-    huge = counted((jnp.abs(read(x)) > limit).astype(read(x).dtype), mask)
-    return jnp.where(sums([huge], axes, spans)[0] > 0, factor, 1).astype(huge.dtype)
+def _power(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], centered: bool, spans: Spans) -> jax.Array:
+    """1, or the power of two that brings the row's deviations to a scale whose squares are in range."""
+    v = read(x) * DOWN
+    if centered:
+        v = v - first_center(v, mask, count(x, mask, axes, spans), axes, spans)
+    powers = _POWERS[v.dtype.name]
+    beyond = sums([counted((jnp.abs(v) > limit * DOWN).astype(v.dtype), mask) for limit, _ in powers], axes, spans)
+    power = jnp.ones_like(beyond[0])
+    for (_, factor), number in zip(powers, beyond, strict=True):
+        power = jnp.where(number > 0, factor, power)
+    return power
 
 
 def row_norm_form(
@@ -63,11 +74,13 @@ def row_norm_form(
     if branch and not spans(axes):
         stats = _branching_stats(x, m, axes, centered, spans)
     else:
-        power = _power(x, m, axes, spans)
+        power = _power(x, m, axes, centered, spans)
         stats = (power, *_stats(x, m, power, axes, centered, spans))
     power, center, offset, square = stats
-    rstd = lax.rsqrt(square + epsilon * power * power)
-    rstd = jnp.where(count(x, m, axes, spans) > 0, rstd, 0)
+    total = square + epsilon * power * power
+    # Nothing counted, or no deviation in a row so large that epsilon vanishes beside it: the bias.
+    nothing = (count(x, m, axes, spans) == 0) | (total == 0)
+    rstd = jnp.where(nothing, 0, lax.rsqrt(jnp.where(nothing, 1, total)))
     kept = RowStats(power, center, offset, rstd)
     return [activate(act, _Row(x, kept, scale, bias, m, centered).z()).astype(dtype), *kept]
 
@@ -77,7 +90,7 @@ def _branching_stats(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], 
     center, offset, square = _stats(x, mask, jnp.ones((), read(x).dtype), axes, centered, spans)
 
     def rescaled() -> tuple:
-        power = _power(x, mask, axes, spans)
+        power = _power(x, mask, axes, centered, spans)
         return power, *_stats(x, mask, power, axes, centered, spans)
 
     return lax.cond(jnp.isfinite(square).all(), lambda: (jnp.ones_like(square), center, offset, square), rescaled)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .._pipeline.arguments import (
@@ -32,7 +33,7 @@ def batch_norm_state(num_features: int | Sequence[int], *, track_count: bool = F
     Args:
       num_features: size of the feature axis, or sizes of several in ascending order of the axes.
       track_count: add `"count"`, a scalar 0, for debiased and cumulative averages.
-      dtype: the mean's; a complex one for complex x. Variance and count have its real counterpart.
+      dtype: the mean's; a complex one for complex x. The variance has its real counterpart, and the count too, but at least float32.
 
     Returns:
       `{"mean": zeros, "var": ones}` of shape `(num_features,)`, and with `track_count` also `"count"`.
@@ -42,11 +43,13 @@ def batch_norm_state(num_features: int | Sequence[int], *, track_count: bool = F
       >>> {k: v.shape for k, v in jnorm.batch_norm_state(64, track_count=True).items()}
       {'mean': (64,), 'var': (64,), 'count': ()}
     """
-    shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"dtype must be floating or complex, got {jnp.dtype(dtype)}.")
+    shape = (int(num_features),) if isinstance(num_features, int | np.integer) else tuple(num_features)
     mean = jnp.zeros(shape, dtype)
     state = BatchNormState(mean=mean, var=jnp.ones(shape, mean.real.dtype))
     if track_count:
-        state["count"] = jnp.zeros((), mean.real.dtype)
+        state["count"] = jnp.zeros((), stats_dtype(mean.real.dtype))
     return state
 
 
@@ -194,8 +197,9 @@ def batch_norm(
 
     Numerics:
       Statistics in at least float32 from x as given; stable for a mean 1e4 times the spread; right as long as the sum of squared
-      deviations is in range (some 1e19 / √count from the mean; gradients some 1e16), and finite beyond. A feature that counted nothing is
-      normalized with the running statistics and leaves them alone. One counted value gives the bias. Complex x: var = E|x - mean|², real.
+      deviations is in range (some 1e19 / √count from the mean; gradients some 1e16), and finite up to 1e38 / count.
+      A feature that counted nothing is normalized with the running statistics and leaves them alone. One counted value gives the bias.
+      Complex x: var = E|x - mean|², real.
       Kept for the backward pass: x, and the residual where a named activation follows it.
 
     Distributed:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._pipeline.arguments import Across, broadcast_mask, check_activation, check_affine, check_dtype, check_epsilon, check_x
 from .._pipeline.axes import Layout, canonical_axes
@@ -110,10 +111,12 @@ def _number_of_groups(channels: int, num_groups: int | None, group_size: int | N
     if (num_groups is None) == (group_size is None):
         raise ValueError(f"give one of num_groups and group_size, got num_groups={num_groups} and group_size={group_size}.")
     name, part = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
-    if part is None or part < 1 or channels % part:
+    if not isinstance(part, int | np.integer):
+        raise TypeError(f"{name} must be an int, got {part!r}.")
+    if part < 1 or channels % part:
         divisors = [d for d in range(1, channels + 1) if channels % d == 0]
         raise ValueError(f"{name}={part} does not divide the {channels} channels; it may be one of {divisors}.")
-    return part if group_size is None else channels // part
+    return part if group_size is None else max(channels // part, 1)
 
 
 def _map(groups: int, epsilon: float, stats: Stats, aux: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -149,7 +152,7 @@ def _single_position(
 
     def split(a: jax.Array) -> jax.Array:
         whole = a.shape[axis] == 1 and x.shape[axis] != 1
-        return a.reshape(*a.shape[:axis], *((1, 1) if whole else (groups, -1)), *a.shape[axis + 1 :])
+        return a.reshape(*a.shape[:axis], *((1, 1) if whole else (groups, a.shape[axis] // groups)), *a.shape[axis + 1 :])
 
     def view(v: jax.Array | None) -> jax.Array | None:
         return None if v is None else split(v.reshape([-1 if i == axis else 1 for i in range(x.ndim)]))

@@ -44,7 +44,9 @@ def check_activation(activation: Activation | None) -> str | None:
 
 def check_epsilon(epsilon: float) -> float:
     if isinstance(epsilon, Tracer):
-        raise TypeError("epsilon must be a Python number: it is static.")
+        raise TypeError("epsilon is static and must be a Python number; mark it so in jax.jit, with static_argnames.")
+    if not isinstance(epsilon, int | float | np.number):
+        raise TypeError(f"epsilon must be a number, got {epsilon!r}.")
     if not float(epsilon) >= 0:
         raise ValueError(f"epsilon must be at least 0, got {epsilon}.")
     return float(epsilon)
@@ -94,6 +96,7 @@ def broadcast_mask(mask: Mask | None, x: jax.Array) -> jax.Array | None:
         fits = False
     if not fits:
         raise ValueError(
-            f"mask of shape {mask.shape} does not broadcast against x of shape {x.shape}; add axes of size 1 where it is constant."
+            f"mask of shape {mask.shape} does not broadcast against x of shape {x.shape}; "
+            "it must have at most x's axes, aligned at the last, each of x's size or 1."
         )
     return mask.astype(bool).reshape((1,) * (x.ndim - mask.ndim) + mask.shape)

@@ -160,7 +160,8 @@ def normalize(
       aux: any tree of arrays, such as `(scale, bias)`; differentiable.
       reduction_axes: the axes to take statistics over.
       feature_axes: the arrays of statistics have the shape (kept axes that are not features, kept feature axes).
-      mask: broadcasts against x; nonzero counts. A non-finite x elsewhere is read as the mean.
+      mask: broadcasts against x; nonzero counts. A non-finite x elsewhere is read as the value of the mean, which is
+        a constant to the derivative.
       axis_name: named axis or axes of `pmap`, `shard_map` or `vmap` to merge statistics over, by count.
       axis_index_groups: groups of equal size within that axis.
       residual: of x's shape, added before the activation.

@@ -15,11 +15,13 @@ def check_state(state: Any, feature_shape: tuple[int, ...], is_complex: bool) ->
     """The keys, shapes and kinds of a state of mean and var."""
     keys = set(state) if isinstance(state, dict) else None
     if keys is None or keys - {"count"} != {"mean", "var"}:
-        got = type(state).__name__ if keys is None else sorted(keys)
+        got = type(state).__name__ if keys is None else sorted(map(str, keys))
         raise ValueError(f"state must be a dict of 'mean', 'var' and optionally 'count', got {got}; make it with jnorm.batch_norm_state.")
     for key in ("mean", "var"):
         if jnp.shape(state[key]) != feature_shape:
             raise ValueError(f"state[{key!r}] must have the shape of x's feature axes {feature_shape}, got {jnp.shape(state[key])}.")
+        if not jnp.issubdtype(jnp.result_type(state[key]), jnp.inexact):
+            raise TypeError(f"state[{key!r}] must be floating, got {jnp.result_type(state[key])}.")
     if "count" in keys and jnp.shape(state["count"]) != ():
         raise ValueError(f"state['count'] must be a scalar, got shape {jnp.shape(state['count'])}.")
     if jnp.iscomplexobj(state["mean"]) != is_complex or jnp.iscomplexobj(state["var"]):
@@ -36,6 +38,8 @@ def check_momentum(momentum: Momentum, state: BatchNormState) -> None:
                 "momentum=None is the cumulative average, which needs state['count']; "
                 "make the state with batch_norm_state(..., track_count=True)."
             )
+    elif isinstance(momentum, str) or jnp.ndim(momentum) != 0:
+        raise ValueError(f"momentum must be a scalar, got {momentum!r}.")
     elif isinstance(momentum, int | float | np.number) and not 0 <= float(momentum) <= 1:
         raise ValueError(f"momentum is the fraction of the old value that is kept, from 0 to 1, got {momentum}.")
 

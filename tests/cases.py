@@ -1,0 +1,265 @@
+"""The table: one Case per norm and notable option. Every property test runs over it; a new norm is a new line here."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import jnorm
+import oracles
+
+SHAPE = (4, 3, 2, 6)
+BATCH, CHANNEL = {3: 1}, {0: 1, 3: 1}  # what tells two sets apart: {axis: block}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """For the oracle, `kept` is {axis: width of the blocks that share statistics}. `mask`: its shape. `state`: None, "plain" or "count"."""
+
+    name: str
+    norm: str
+    kept: Mapping[int, int]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shape: tuple[int, ...] = SHAPE
+    features: tuple[int, ...] = (3,)
+    affine: tuple[str, ...] = ("scale", "bias")
+    mask: tuple[int, ...] | None = None
+    residual: bool = False
+    state: str | None = None
+    epsilon: float = 1e-6
+    about_zero: bool = False
+    act: str | None = None
+
+    @property
+    def tracked(self):
+        return self.norm == "tracked_instance_norm"
+
+    @property
+    def evaluate(self):
+        return self.options.get("use_running_average", False)
+
+    @property
+    def feature_shape(self):
+        return tuple(self.shape[i] for i in self.features)
+
+    @property
+    def differentiable(self):
+        """The arguments that gradients are taken of."""
+        return ("x", *self.affine, *(["residual"] if self.residual else []))
+
+
+def case(name, norm, kept, **changes):
+    return Case(name, norm, kept, **changes)
+
+
+def batch(name, kept=BATCH, **changes):
+    return case(name, "batch_norm", kept, **({"state": "plain", "epsilon": 1e-5} | changes))
+
+
+def tracked(name, **changes):
+    return case(name, "tracked_instance_norm", CHANNEL, **({"state": "plain"} | changes))
+
+
+def group(name, kept, **changes):
+    return case(name, "group_norm", kept, **changes)
+
+
+def instance(name, kept=CHANNEL, **changes):
+    return case(name, "instance_norm", kept, **changes)
+
+
+def layer(name, kept, **changes):
+    return case(name, "layer_norm", kept, **changes)
+
+
+def rms(name, kept, **changes):
+    return case(name, "rms_norm", kept, **({"affine": ("scale",), "about_zero": True} | changes))
+
+
+ROWS = {0: 1, 1: 1, 2: 1}
+SAMPLES = {0: 1}
+CASES = [
+    batch("batch_norm"),
+    batch("batch_norm_matrix", {1: 1}, shape=(12, 5), features=(1,)),
+    batch("batch_norm_no_affine", affine=()),
+    batch("batch_norm_mask", mask=(4, 1, 1, 1), options={"running_var_correction": 1}),
+    batch("batch_norm_relu_residual", options={"activation": "relu"}, residual=True, act="relu"),
+    batch("batch_norm_residual", residual=True),
+    batch("batch_norm_channels_first", {1: 1}, options={"feature_axes": 1, "momentum": 0.9}, features=(1,)),
+    batch("batch_norm_two_features", {1: 1, 3: 1}, options={"feature_axes": (-1, 1)}, features=(1, 3)),
+    batch("batch_norm_counted", options={"momentum": 0.9}, state="count"),
+    batch("batch_norm_cumulative", options={"momentum": None}, state="count", affine=("bias",)),
+    batch("batch_norm_evaluate", options={"use_running_average": True}),
+    batch("batch_norm_evaluate_silu", options={"use_running_average": True, "activation": "silu"}, residual=True, act="silu"),
+    layer("layer_norm", ROWS),
+    layer("layer_norm_samples", SAMPLES, options={"reduction_axes": (1, 2, 3)}),
+    layer("layer_norm_mask", ROWS, mask=(6,)),
+    layer("layer_norm_two_features", {0: 1, 1: 1}, options={"reduction_axes": (-2, -1), "feature_axes": (-2, -1)}, features=(2, 3)),
+    layer("layer_norm_leading", {1: 1, 2: 1, 3: 1}, options={"reduction_axes": 0, "feature_axes": 0}, features=(0,), affine=("scale",)),
+    layer("layer_norm_spatial", CHANNEL, options={"reduction_axes": (1, 2), "epsilon": 1e-3}, epsilon=1e-3, affine=("bias",)),
+    rms("rms_norm", ROWS),
+    rms("rms_norm_mask", SAMPLES, options={"reduction_axes": (1, 2, 3)}, mask=(4, 3, 1, 1)),
+    rms("rms_norm_leading", {1: 1, 2: 1, 3: 1}, options={"reduction_axes": 0, "feature_axes": 0}, features=(0,), affine=()),
+    group("group_norm", {0: 1, 3: 2}, options={"num_groups": 3}),
+    group("group_norm_mask", {0: 1, 3: 3}, options={"group_size": 3}, mask=(3, 2, 1)),
+    group("group_norm_gelu", {0: 1, 3: 2}, options={"group_size": 2, "activation": "gelu"}, act="gelu"),
+    group("group_norm_channels_first", {0: 1, 1: 2}, options={"num_groups": 3, "feature_axes": 1}, shape=(4, 6, 2, 3), features=(1,)),
+    group("group_norm_positions", ROWS | {3: 2}, options={"num_groups": 3, "reduction_axes": -1}),
+    group("group_norm_matrix", {0: 1, 1: 2}, options={"num_groups": 3}, shape=(5, 6), features=(1,), affine=("scale",)),
+    instance("instance_norm"),
+    instance("instance_norm_mask", mask=(4, 3, 2, 6)),
+    instance("instance_norm_leaky_relu", options={"activation": "leaky_relu"}, act="leaky_relu"),
+    instance("instance_norm_channels_first", {0: 1, 1: 1}, options={"feature_axes": 1}, features=(1,), affine=()),
+    tracked("tracked_instance_norm"),
+    tracked("tracked_instance_norm_mask", mask=(3, 2, 1), options={"running_var_correction": 1, "momentum": 0.9}),
+    tracked("tracked_instance_norm_counted", state="count", options={"momentum": None, "activation": "relu"}, act="relu"),
+    tracked("tracked_instance_norm_evaluate", options={"use_running_average": True}),
+]
+BY_NAME = {c.name: c for c in CASES}
+PLAIN = [BY_NAME[n] for n in ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "tracked_instance_norm")]
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------------
+
+
+def mask_of(shape, rng, kind=bool):
+    """About two thirds counted, and never nothing."""
+    mask = rng.uniform(size=shape) < 0.67
+    mask.flat[0] = True
+    return mask.astype(kind)
+
+
+def state_of(case, rng, shape=None):
+    if case.state is None:
+        return None
+    c = case.feature_shape if shape is None else shape
+    state = {"mean": rng.normal(size=c), "var": rng.uniform(0.5, 2, c)} | ({"count": np.array(2.5)} if case.state == "count" else {})
+    return {k: np.asarray(v, np.float32) for k, v in state.items()}
+
+
+def inputs(case, seed=0, dtype="float32", shape=None, mask=None, parameters="float32"):
+    """-> {"x", "scale", "bias", "residual", "mask", "state"}: those that the case has, and "dy", the cotangent of y."""
+    rng, shape, kind = np.random.default_rng(seed), case.shape if shape is None else shape, np.dtype(dtype)
+    feature_shape = tuple(shape[i] for i in case.features)
+    given = {"x": (rng.normal(size=shape) * 1.5 + 2).astype(kind), "dy": rng.normal(size=shape).astype(kind)}
+    given |= {name: (rng.normal(size=feature_shape) + 0.7).astype(parameters) for name in case.affine}
+    if case.residual:
+        given["residual"] = rng.normal(size=shape).astype(kind)
+    if mask is not None or case.mask is not None:
+        given["mask"] = mask_of(case.mask, rng) if mask is None else mask
+    if case.state:
+        given["state"] = state_of(case, rng, feature_shape)
+    return given
+
+
+# --- the code under test, and the oracle, on them -----------------------------------------------------------------------------
+
+
+def call(case, given, **options):
+    """-> (y, state); state None for a norm without one."""
+    given = {k: v for k, v in given.items() if k != "dy"}
+    options = {**case.options, **options}
+    if "state" not in given:
+        return getattr(jnorm, case.norm)(given.pop("x"), **given, **options), None
+    return getattr(jnorm, case.norm)(given.pop("x"), given.pop("state"), **given, **options)
+
+
+def split(case, given):
+    """The differentiable arguments, and the others."""
+    return {k: given[k] for k in case.differentiable}, {k: v for k, v in given.items() if k not in case.differentiable}
+
+
+def value_and_gradients(case, **options):
+    """A function of `inputs` -> (y, state, {argument: gradient})."""
+
+    def run(given):
+        inner, rest = split(case, given)
+        y, vjp, state = jax.vjp(lambda inner: call(case, inner | rest, **options), inner, has_aux=True)
+        return y, state, vjp(given["dy"])[0]
+
+    return run
+
+
+def oracle(case, given, act="case", **changes):
+    """-> (Answer, state); state None for a norm without one."""
+    x, state = given["x"], given.get("state")
+    ids = oracles.sets(x.shape, changes.pop("kept", case.kept))
+    evaluate, running = case.evaluate, None
+    if state is not None and (evaluate or not case.tracked):
+        samples = x.shape[0] if case.tracked else 1
+        running = tuple(np.tile(oracles.wide(state[k]).ravel(), samples) for k in ("mean", "var"))
+    answer = oracles.norm(
+        x,
+        ids,
+        oracles.Affine(case.features, given.get("scale"), given.get("bias")),
+        given["dy"],
+        mask=given.get("mask"),
+        residual=given.get("residual"),
+        act=case.act if act == "case" else act,
+        epsilon=case.epsilon,
+        about_zero=case.about_zero,
+        running=running,
+        evaluate=evaluate,
+    )
+    return answer, None if state is None else updated(case, given, answer.moments)
+
+
+def updated(case, given, moments, **changes):
+    """The oracle's state after the call."""
+    options, state = {**case.options, **changes}, given["state"]
+    if not options.get("update_running", not options.get("use_running_average", False)):
+        return {k: oracles.wide(v) for k, v in state.items()}
+    m = oracles.corrected(moments, options.get("running_var_correction", 0))
+    m = oracles.mean_over_samples(m, given["x"].shape[0]) if case.tracked else m
+    flat = {k: np.ravel(v) if k != "count" else v for k, v in state.items()}
+    new = oracles.running_update(flat, m, options.get("momentum", 0.99))
+    return {k: v.reshape(np.shape(state[k])) for k, v in new.items()}
+
+
+def lengths(case, given):
+    """The number of terms of a set's sums, and of a parameter's gradient."""
+    x = given["x"]
+    number = oracles.sets(x.shape, case.kept).max(initial=0) + 1
+    return -(-x.size // number), x.size // max(int(np.prod([x.shape[i] for i in case.features])), 1)
+
+
+def check_value(case, given, y, state, roundings=1, statistics="float32"):
+    want, want_state = oracle(case, given)
+    length, _ = lengths(case, given)
+    oracles.assert_close(y, want.y, length, statistics, roundings=roundings, what=f"{case.name}: y")
+    if want_state is not None:
+        check_state(case, given, state, want_state, length)
+
+
+def check_state(case, given, state, want, length):
+    assert set(state) == set(given["state"])
+    for key in state:
+        assert np.shape(state[key]) == np.shape(given["state"][key])
+        assert state[key].dtype == given["state"][key].dtype
+        # var is a convex combination of positive numbers; the mean's terms are as large as x
+        x = abs(oracles.wide(given["x"]))
+        largest = 0 if key == "var" else np.max(x, where=np.isfinite(x), initial=0)
+        size = abs(want[key]) + abs(oracles.wide(given["state"][key])) + largest
+        oracles.assert_close(state[key], oracles.Bounded(want[key], size), length, what=f"{case.name}: state {key}")
+
+
+def check_gradients(case, given, gradients, roundings=1, statistics="float32"):
+    want, _ = oracle(case, given)
+    # Three factors have the error of a value each, (n + 16)·eps: x̂ in g·x̂, x̂ before the mean of that, and 1/s.
+    length, parameter_length = (3 * n + 32 for n in lengths(case, given))
+    assert set(gradients) == set(case.differentiable)
+    for name, got in gradients.items():
+        n = length if name in ("x", "residual") else length + parameter_length
+        assert got.dtype == given[name].dtype, name
+        oracles.assert_close(got, getattr(want, f"d{name}"), n, statistics, roundings=roundings, what=f"{case.name}: d{name}")
+
+
+def replace(case, **changes):
+    return dataclasses.replace(case, **changes)
+
+
+def oracle_state(case, given):
+    """The oracle's state, in the dtypes of the code's."""
+    return {k: np.asarray(v, given["state"][k].dtype) for k, v in oracle(case, given)[1].items()}

@@ -1,0 +1,63 @@
+"""Eight virtual devices, strict promotion, and the fixtures that several files share."""
+
+import contextlib
+import os
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # before the backend starts
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("jnorm", deadline=None, derandomize=True, max_examples=15, database=None)
+hypothesis.settings.register_profile("jnorm-full", parent=hypothesis.settings.get_profile("jnorm"), max_examples=100)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "jnorm"))
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+_compilations = [0]
+
+
+def _count(event, _seconds, **_):
+    _compilations[0] += event == COMPILED
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@contextlib.contextmanager
+def _counting():
+    seen = []
+    before = _compilations[0]
+    yield lambda: seen[0]
+    seen.append(_compilations[0] - before)
+
+
+@pytest.fixture
+def compilations():
+    """`with compilations() as count: ...`, then `count()` is how many programs the backend compiled in the block."""
+    return _counting
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test. The flag is back to what it was afterwards, also after a failure."""
+    with jax.enable_x64(True):
+        yield
+    assert not jax.config.jax_enable_x64
+
+
+@pytest.fixture(autouse=True)
+def _defaults_hold():
+    """No test may leave a global flag changed."""
+    yield
+    assert not jax.config.jax_enable_x64
+    assert jax.config.jax_numpy_dtype_promotion == "strict"
+    assert jax.config.jax_numpy_rank_promotion == "raise"

@@ -1,0 +1,237 @@
+"""The answers in float64 NumPy, values and hand-derived gradients. Nothing here uses the code under test, or JAX.
+
+A norm is told by its *sets*: an integer array of x's shape that names, for each element, the set it is normalized with. Any axes, any
+groups of channels and any groups of devices are sets, so one formula serves all norms, with mask m, n = the number of counted elements
+of the set, c = 1 (0 where the mean is not subtracted):
+
+    y = act(scale·x̂ + bias + residual)     x̂ = (x − c·mean) / s     s = sqrt(mean of (x − c·mean)² + epsilon)
+    g = act'·dy,  h = scale·g               dx = (h − m·(c·Σh + x̂·Σ h·x̂) / n) / s
+
+The sums over h run over the whole set, also over what the mask leaves out: y is defined there too, and depends on mean and s.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Bounded(NamedTuple):
+    """A value and the size of what it is added up from: a stable float program is wrong by at most (additions + a few)·eps·size."""
+
+    value: np.ndarray
+    size: np.ndarray
+
+
+class Answer(NamedTuple):
+    y: Bounded
+    dx: Bounded
+    dscale: Bounded | None
+    dbias: Bounded | None
+    dresidual: Bounded | None
+    moments: "Moments"
+
+
+class Moments(NamedTuple):
+    """Per set."""
+
+    count: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+
+
+class Affine(NamedTuple):
+    """scale and bias as the caller gives them (features in ascending order), or None."""
+
+    features: tuple[int, ...]
+    scale: np.ndarray | None
+    bias: np.ndarray | None
+
+
+# --- sets and sums ----------------------------------------------------------------------------------------------------------
+
+
+def sets(shape, kept):
+    """Elements are in one set when their coordinates along each axis of `kept` = {axis: width} are in the same block of that width."""
+    ids = np.zeros(shape, np.int64)
+    for axis, width in kept.items():
+        blocks = np.arange(shape[axis]) // width
+        along = [1] * len(shape)
+        along[axis] = shape[axis]
+        ids = ids * (-(-shape[axis] // width)) + blocks.reshape(along)
+    return ids
+
+
+def total(values, ids, number=None):
+    """Sum per set."""
+    number = (ids.max(initial=-1) + 1) if number is None else number
+    if np.iscomplexobj(values):
+        return total(values.real, ids, number) + 1j * total(values.imag, ids, number)
+    return np.bincount(ids.ravel(), np.asarray(values, np.float64).ravel(), number)
+
+
+def wide(a):
+    """float64 or complex128, whatever the input was (bfloat16 too)."""
+    a = np.asarray(a)
+    return a.astype(np.complex128 if np.iscomplexobj(a) else np.float64)
+
+
+def full_mask(mask, shape):
+    return np.ones(shape, bool) if mask is None else np.broadcast_to(np.asarray(mask) != 0, shape)
+
+
+def moments(x, ids, mask=None, about_zero=False, number=None):
+    x, mask = wide(x), full_mask(mask, np.shape(x))
+    number = (ids.max(initial=-1) + 1) if number is None else number
+    counted = np.where(mask, x, 0)
+    count = total(mask, ids, number)
+    n = np.maximum(count, 1)
+    mean = total(counted, ids, number) / n * (not about_zero)
+    mean = mean + total(np.where(mask, x - mean[ids], 0), ids, number) / n * (not about_zero)
+    var = total(np.abs(np.where(mask, x - mean[ids], 0)) ** 2, ids, number) / n
+    return Moments(count, mean, var)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------------
+
+
+def _sigmoid(z):
+    return 0.5 * (1 + np.tanh(z / 2))
+
+
+def _gelu(z):
+    k = np.sqrt(2 / np.pi)
+    t = np.tanh(k * (z + 0.044715 * z**3))
+    return 0.5 * z * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * k * (1 + 3 * 0.044715 * z**2)
+
+
+ACTIVATIONS = {  # z -> (value, slope)
+    None: lambda z: (z, np.ones_like(z)),
+    "relu": lambda z: (np.maximum(z, 0), (z > 0) * 1.0),
+    "leaky_relu": lambda z: (np.where(z > 0, z, 0.01 * z), np.where(z > 0, 1, 0.01)),
+    "silu": lambda z: (z * _sigmoid(z), _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))),
+    "gelu": _gelu,
+    "tanh": lambda z: (np.tanh(z), 1 - np.tanh(z) ** 2),
+}
+
+
+# --- the norm ---------------------------------------------------------------------------------------------------------------
+
+
+def spread_features(a, features, ndim):
+    """(features...) -> an array of x's rank. features are ascending."""
+    a, shape = wide(a), [1] * ndim
+    for axis, size in zip(features, a.shape, strict=True):
+        shape[axis] = size
+    return a.reshape(shape)
+
+
+def gather_features(a, features):
+    """The sum over all axes but the features."""
+    return a.sum(axis=tuple(i for i in range(a.ndim) if i not in features))
+
+
+def _standardize(x, ids, mask, epsilon, m, running, evaluate):
+    """-> x̂, 1/s, m/n (0 where the statistics are constants). What is not finite under the mask is read as the mean."""
+    has = (m.count > 0) & (not evaluate)
+    mean, rstd = np.where(has, m.mean, 0), np.where(has, 1 / np.sqrt(np.where(has, m.var + epsilon, 1)), 0)
+    if running is not None:
+        mean = np.where(has, mean, running[0])
+        rstd = np.where(has, rstd, 1 / np.sqrt(running[1] + epsilon))
+    x = np.where(~mask & ~np.isfinite(x), mean[ids], x)
+    return (x - mean[ids]) * rstd[ids], rstd[ids], (mask & has[ids]) / np.maximum(m.count, 1)[ids]
+
+
+def norm(x, ids, affine, dy, *, mask=None, residual=None, act=None, epsilon=1e-6, about_zero=False, running=None, evaluate=False):
+    """Value and gradients. `running` = (mean, var) per set: used where a set counts nothing, and everywhere if `evaluate`."""
+    x, dy, ndim = wide(x), wide(dy), np.ndim(x)
+    m = moments(x, ids, mask, about_zero)
+    xhat, rstd, weight = _standardize(x, ids, full_mask(mask, x.shape), epsilon, m, running, evaluate)
+    scale = np.ones([1] * ndim) if affine.scale is None else spread_features(affine.scale, affine.features, ndim)
+    bias = np.zeros([1] * ndim) if affine.bias is None else spread_features(affine.bias, affine.features, ndim)
+    res = np.zeros([1] * ndim) if residual is None else wide(residual)
+    z = scale * xhat + bias + res
+    # A relative error of s, or one of the mean in units of s, is one of 1 + |x̂|.
+    z_size = abs(scale) * (1 + abs(xhat)) + abs(bias) + abs(res)
+    value, slope = ACTIVATIONS[act](z) if act else (z, np.ones(z.shape))
+    g = slope * np.conj(dy)
+    g_size = abs(dy) * (1 + z_size if act else 1)  # the slope's own slope is at most about 1
+    return Answer(
+        Bounded(value, z_size),
+        _dx(scale, g, g_size, xhat, rstd, weight, ids, about_zero),
+        None if affine.scale is None else _parameter((np.conj(g) * xhat).real, g_size * (1 + abs(xhat)), affine.features),
+        None if affine.bias is None else _parameter(g.real, g_size, affine.features),
+        None if residual is None else Bounded(np.conj(g), g_size),
+        m,
+    )
+
+
+def _parameter(terms, size, features):
+    return Bounded(gather_features(terms, features), gather_features(size, features))
+
+
+def _dx(scale, g, g_size, xhat, rstd, weight, ids, about_zero):
+    """JAX pairs a complex cotangent with dx without conjugation: the real formula holds for the conjugates."""
+    h, h_size, keep = scale * g, abs(scale) * g_size, 0 if about_zero else 1
+    inner = total((np.conj(h) * xhat).real, ids)[ids]
+    value = np.conj((h - weight * (keep * total(h, ids)[ids] + xhat * inner)) * rstd)
+    xsize = 1 + abs(xhat)
+    size = (h_size + weight * (keep * total(h_size, ids)[ids] + xsize * total(h_size * xsize, ids)[ids])) * rstd * xsize
+    return Bounded(value, size)
+
+
+# --- running statistics -----------------------------------------------------------------------------------------------------
+
+
+def corrected(m, ddof):
+    """Moments with the variance times n / max(n − ddof, 1)."""
+    return m._replace(var=m.var * m.count / np.maximum(m.count - ddof, 1))
+
+
+def mean_over_samples(m, samples):
+    """PyTorch's tracked instance norm: the average of the statistics of the samples that count anything. Sets are (sample, channel)."""
+    count, mean, var = (a.reshape(samples, -1) for a in m)
+    has = count > 0
+    number = np.maximum(has.sum(0), 1)
+    return Moments(has.sum(0) * 1.0, (mean * has).sum(0) / number, (var * has).sum(0) / number)
+
+
+def running_update(state, m, momentum):
+    """state: a dict of mean, var (flat) and maybe count. momentum None is the cumulative average."""
+    keep = 1.0 if momentum is None else np.clip(float(momentum), 0, 1)
+    has = m.count > 0
+    if "count" not in state:
+        step = 1 - keep
+    else:
+        new_count = keep * float(state["count"]) + 1 if has.any() else float(state["count"])
+        step = 1 / max(new_count, 1e-300)
+    new = {k: np.where(has, wide(state[k]) + step * (getattr(m, k) - wide(state[k])), wide(state[k])) for k in ("mean", "var")}
+    return new | ({"count": np.float64(new_count)} if "count" in state else {})
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------------
+
+
+def tolerance(want, length, statistics="float32", out="float32", roundings=1):
+    """A sum of `length` terms is wrong by at most length·eps/2 of the terms' sizes; 16·eps covers the dozen operations around it (rsqrt,
+    tanh, products); then each rounding to the output's type is half its eps of the value."""
+    import ml_dtypes  # jax's own dependency: finfo that knows bfloat16
+
+    value, size = want
+    low = ml_dtypes.finfo(out)
+    rounding = 0.5 * float(low.eps) * abs(value) + float(low.smallest_subnormal)
+    return (length + 16) * float(ml_dtypes.finfo(statistics).eps) * size + roundings * rounding
+
+
+def worst(got, want, length, statistics="float32", out=None, roundings=1):
+    """The largest error as a fraction of what is tolerated; not a number counts as infinitely wrong."""
+    got = np.asarray(got)
+    kind = got.real.dtype if out is None else np.dtype(out)
+    error, allowed = abs(wide(got) - want.value), tolerance(want, length, statistics, kind, roundings)
+    assert error.shape == np.shape(want.value), f"shape {got.shape}, wanted {np.shape(want.value)}"
+    ratio = np.where(error == 0, 0, error / np.maximum(allowed, 1e-300))
+    return float(np.nan_to_num(ratio, nan=np.inf).max(initial=0))
+
+
+def assert_close(got, want, length, statistics="float32", out=None, roundings=1, what=""):
+    ratio = worst(got, want, length, statistics, out, roundings)
+    assert ratio <= 1, f"{what}: error is {ratio:.3g} times the tolerance\ngot {np.asarray(got)}\nwant {want.value}"

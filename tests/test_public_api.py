@@ -1,0 +1,178 @@
+"""What is public, what imports what, and that the documentation is there and runs."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import os
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import jnorm
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = pathlib.Path(jnorm.__file__).parent
+NORMS = ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "tracked_instance_norm"]
+FUNCTIONS = [n for n in jnorm.__all__ if inspect.isfunction(getattr(jnorm, n))]
+MODULES = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "jnorm."))
+
+# Who may import whom: only what stands before it, and itself.
+ORDER = ["typing", "_jax_internals", "_stats", "_kernels", "_pipeline", "_norms"]
+COLLECTIVES = {"psum", "pmean", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "psum_scatter", "reduce_scatter", "pbroadcast"}
+
+
+def test_all_is_what_is_public():
+    public = {n for n in vars(jnorm) if not n.startswith("_") and not inspect.ismodule(getattr(jnorm, n))}
+    assert public == set(jnorm.__all__)
+    assert sorted(jnorm.__all__) == list(jnorm.__all__)
+
+
+def test_the_contract_is_there():
+    wanted = {*NORMS, "batch_norm_state", "normalize", "moments", "combine", "pad_batch", "Stats"}
+    assert wanted <= set(jnorm.__all__)
+
+
+@pytest.mark.parametrize("module", ["flax", "optax", "torch", "sklearn", "matplotlib"])
+def test_import_is_light(module):
+    code = f"import sys, jnorm; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+
+
+def test_import_does_not_start_a_backend():
+    """Flags such as the number of devices can still be set after the import."""
+    code = "import jax, jnorm; jax.config.update('jax_num_cpu_devices', 3); assert len(jax.devices()) == 3"
+    subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+def trees():
+    return {path.relative_to(PACKAGE): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+
+
+def imported_layers(path, tree):
+    """The layers of jnorm that a file imports, absolute or relative."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            base = ["jnorm", *path.parts[: len(path.parts) - node.level]] if node.level else []
+            root, *inner = [*base, *filter(None, (node.module or "").split("."))]
+            if root == "jnorm":
+                yield from inner[:1] or [a.name for a in node.names]
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("jnorm."))
+
+
+def layer_of(path):
+    return path.parts[0].removesuffix(".py")
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path, tree in trees().items():
+        if path.name == "__init__.py" and len(path.parts) == 1:
+            continue
+        allowed = ORDER[: ORDER.index(layer_of(path)) + 1]
+        wrong += [f"{path} imports {name}" for name in imported_layers(path, tree) if name in ORDER and name not in allowed]
+    assert not wrong
+
+
+def test_every_file_is_in_a_layer():
+    assert {layer_of(p) for p in trees()} - {"__init__"} <= set(ORDER)
+
+
+def test_norms_do_not_name_collectives():
+    """Named collectives are in _stats.py only."""
+    found = set()
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
+            if name in COLLECTIVES:
+                found.add(str(path))
+    assert found == {"_stats.py"}
+
+
+def test_jax_internals_are_in_one_file():
+    modules = {
+        (str(path), node.module or "") for path, tree in trees().items() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+    }
+    found = {path for path, module in modules if module.startswith("jax._src")}
+    assert found <= {"_jax_internals.py"}
+
+
+def test_no_file_is_long():
+    long = {str(p): n for p in trees() if (n := len((PACKAGE / p).read_text().splitlines())) > 300}
+    assert not long
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring(name):
+    text = inspect.getdoc(getattr(jnorm, name))
+    assert text and text.splitlines()[0].endswith(".")
+    for section in ("Args:", "Returns:", ">>>"):
+        assert section in text, section
+    for parameter in inspect.signature(getattr(jnorm, name)).parameters:
+        assert re.search(rf"^\s*(\w+, )*{parameter}(, \w+)*( \([^)]*\))?:", text, re.M), f"{parameter} is not in Args"
+
+
+@pytest.mark.parametrize("name", [*NORMS, "normalize"])
+def test_docstring_of_a_norm(name):
+    text = inspect.getdoc(getattr(jnorm, name))
+    for section in ("math", "Raises:", "Numerics:", "Distributed:", "References:"):
+        assert section in text, section
+    assert re.search(r"arxiv|arXiv|http", text)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_options_are_keyword_only(name):
+    kinds = {p.name: p.kind for p in inspect.signature(getattr(jnorm, name)).parameters.values()}
+    positional = {n for n, k in kinds.items() if k is inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert positional <= {"x", "state", "scale", "bias"}
+    assert {"epsilon", "mask", "axis_name", "axis_index_groups", "dtype", "feature_axes"} <= set(kinds)
+
+
+DEFAULTS = {
+    "batch_norm": {
+        "momentum": 0.99,
+        "epsilon": 1e-5,
+        "use_running_average": False,
+        "update_running": None,
+        "running_var_correction": 0,
+        "feature_axes": -1,
+    },
+    "layer_norm": {"epsilon": 1e-6, "reduction_axes": -1, "feature_axes": -1},
+    "rms_norm": {"epsilon": 1e-6, "reduction_axes": -1, "feature_axes": -1},
+    "group_norm": {"epsilon": 1e-6, "num_groups": None, "group_size": None, "reduction_axes": None},
+    "instance_norm": {"epsilon": 1e-6, "reduction_axes": None},
+    "tracked_instance_norm": {"epsilon": 1e-6, "momentum": 0.99, "running_var_correction": 0},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults(name):
+    parameters = inspect.signature(getattr(jnorm, name)).parameters
+    assert {k: parameters[k].default for k in DEFAULTS[name]} == DEFAULTS[name]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_doctests(module):
+    """Under the conftest's strict promotion: a documented example is what users copy."""
+    failed, _ = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
+
+
+def test_some_doctests_ran():
+    assert sum(len(t.examples) for m in MODULES for t in doctest.DocTestFinder().find(importlib.import_module(m))) >= 2 * len(FUNCTIONS)
+
+
+def test_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert jnorm.__version__ == version
+    assert re.search(rf"^## \[?{re.escape(version)}", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_types_are_shipped():
+    assert (PACKAGE / "py.typed").exists()
