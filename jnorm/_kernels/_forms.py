@@ -70,9 +70,14 @@ def counted(v: jax.Array, mask: jax.Array | None) -> jax.Array:
     return v if mask is None else jnp.where(mask, v, 0)
 
 
-def usable(x: jax.Array, mask: jax.Array | None) -> jax.Array | None:
-    """Where x enters y: everywhere, but for non-finite values under the mask, which are read as the mean."""
-    return None if mask is None else mask | jnp.isfinite(x)
+def usable(v: jax.Array, x: jax.Array, mask: jax.Array | None, otherwise: jax.Array | int = 0) -> jax.Array:
+    """v where x enters y: everywhere, but for non-finite values under the mask, which are read as the mean."""
+    return v if mask is None else jnp.where(mask | jnp.isfinite(x), v, otherwise)
+
+
+def constant_axes(a: jax.Array | None, x: jax.Array) -> tuple[int, ...]:
+    """The axes of x along which `a`, of x's rank, is constant."""
+    return () if a is None else tuple(i for i in range(x.ndim) if a.shape[i] == 1 and x.shape[i] != 1)
 
 
 def count(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], spans: Spans) -> jax.Array:

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from .._stats import Stats, all_combine, finite, isolate, two_sum
-from ._forms import activate, count, counted, first_center, mean, read, sums, times_slope, usable
+from ._forms import activate, constant_axes, count, counted, first_center, mean, read, sums, times_slope, usable
 from ._op import Op, Spans, adjoint, one_device
 
 
@@ -45,12 +44,9 @@ class Operands(NamedTuple):
 
     def params(self) -> dict[str, Any]:
         """Static parameters: which operands there are, and along which axes they are constant."""
-
-        def constant(a: jax.Array | None) -> tuple[int, ...]:
-            return () if a is None else tuple(i for i in range(a.ndim) if a.shape[i] == 1 and self.x.shape[i] != 1)
-
         has = tuple(f for f, v in zip(self._fields, self, strict=True) if v is not None)
-        return {"operands": has, "axes": constant(self.center), "map_axes": constant(self.mul), "scale_axes": constant(self.scale)}
+        along = {"axes": self.center, "map_axes": self.mul, "scale_axes": self.scale}
+        return {"operands": has} | {k: constant_axes(v, self.x) for k, v in along.items()}
 
     @classmethod
     def of(cls, values: Sequence[jax.Array], operands: tuple[str, ...]) -> "Operands":
@@ -58,19 +54,15 @@ class Operands(NamedTuple):
         small = ("center", "offset", "shift", "mul", "add")
         return cls(**{k: isolate(v) if k in small else v for k, v in named.items()})
 
-    def usable(self) -> jax.Array | None:
-        return usable(self.x, self.mask)
+    def usable(self, v: jax.Array, otherwise: jax.Array | int = 0) -> jax.Array:
+        return usable(v, self.x, self.mask, otherwise)
 
     def centered(self) -> jax.Array:
         """xc, 0 where x is read as the mean."""
-        xc = (read(self.x) - self.center) - self.offset
-        ok = self.usable()
-        return xc if ok is None else jnp.where(ok, xc, 0)
+        return self.usable((read(self.x) - self.center) - self.offset)
 
     def mapped(self) -> jax.Array:
-        shifted, ok = (read(self.x) - self.center) - self.shift, self.usable()
-        if ok is not None:
-            shifted = jnp.where(ok, shifted, self.offset - self.shift)
+        shifted = self.usable((read(self.x) - self.center) - self.shift, self.offset - self.shift)
         return shifted * self.mul + self.add
 
     def z(self) -> jax.Array:
@@ -102,9 +94,7 @@ def apply_form(*args: jax.Array, act: str | None, dtype: Any, operands: tuple, s
 def fork_form(*args: jax.Array, act: str | None, dtype: Any, operands: tuple, axes: tuple, spans: Spans, **_: Any) -> list[jax.Array]:
     n = _linear_of_fork(operands)
     dx, o = read(args[0]), Operands.of(args[n:], operands)
-    through, ok = o.scaled(dx * o.mul), o.usable()
-    if ok is not None:
-        through = jnp.where(ok, through, 0)
+    through = o.usable(o.scaled(dx * o.mul))
     if o.residual is not None:
         through = through + read(args[1])
     dx = counted(dx, o.mask)
@@ -114,10 +104,7 @@ def fork_form(*args: jax.Array, act: str | None, dtype: Any, operands: tuple, ax
 def cotangent_apply_form(*args: jax.Array, act: str | None, operands: tuple, spans: Spans, **_: Any) -> list[jax.Array]:
     dy, a, b, o = read(args[0]), isolate(args[1]), isolate(args[2]), Operands.of(args[3:], operands)
     g = times_slope(act, o.z, dy)
-    through, ok = o.scaled(g * o.mul), o.usable()
-    if ok is not None:
-        through = jnp.where(ok, through, 0)
-    dx = through + counted(a + b * o.centered(), o.mask)
+    dx = o.usable(o.scaled(g * o.mul)) + counted(a + b * o.centered(), o.mask)
     return [dx.astype(o.x.dtype)] + ([] if o.residual is None else [g.astype(o.residual.dtype)])
 
 

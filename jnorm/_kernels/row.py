@@ -116,8 +116,7 @@ class _Row(NamedTuple):
 
     def usable(self, v: jax.Array) -> jax.Array:
         """v, 0 where x is read as the mean."""
-        ok = usable(self.x, self.mask)
-        return v if ok is None else jnp.where(ok, v, 0)
+        return usable(v, self.x, self.mask)
 
     def deviation(self) -> jax.Array:
         """power·x minus its mean."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._kernels import row
+from .._kernels._forms import constant_axes
 from .._stats import Stats, inverse_sqrt, stats_dtype
 from ..typing import Activation
 from .arguments import Across, check_activation
@@ -49,8 +50,7 @@ def _row_map(epsilon: float, centered: bool, stats: Stats, aux: tuple) -> tuple:
 
 def _row_params(x: jax.Array, scale: jax.Array, static: tuple) -> dict[str, Any]:
     axes, epsilon, centered, act, dtype = static
-    scale_axes = tuple(i for i in range(x.ndim) if scale.shape[i] == 1 and x.shape[i] != 1)
-    return {"axes": axes, "scale_axes": scale_axes, "epsilon": epsilon, "centered": centered, "act": act, "dtype": dtype}
+    return {"axes": axes, "scale_axes": constant_axes(scale, x), "epsilon": epsilon, "centered": centered, "act": act, "dtype": dtype}
 
 
 def _row_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, mask: jax.Array | None, static: tuple) -> list[jax.Array]:
