@@ -1,8 +1,10 @@
 """jnorm: the normalization library for JAX and Flax.
 
-Every norm is a pure function; running statistics are an explicit dict that goes in and comes out.
+Every norm is a pure function; running statistics are an explicit dict that goes in and comes out. `jnorm.reparam` holds the
+reparametrizations of weights; `jnorm.linen` and `jnorm.nnx`, which are imported by their own names, the same as Flax modules.
 """
 
+from . import reparam as reparam
 from ._norms.batch_norm import batch_norm as batch_norm
 from ._norms.batch_norm import batch_norm_state as batch_norm_state
 from ._norms.group_norm import group_norm as group_norm

@@ -22,4 +22,11 @@ class BatchNormState(TypedDict):
     count: NotRequired[Float[Array, ""]]
 
 
-__all__ = ["Activation", "Axes", "AxisIndexGroups", "AxisName", "BatchNormState", "Map", "Mask", "Momentum"]
+class SpectralNormState(TypedDict):
+    """The power iteration of :func:`jnorm.reparam.spectral_norm`: the last right singular vector and singular value."""
+
+    u: Float[Array, "1 c"]
+    sigma: Float[Array, ""]
+
+
+__all__ = ["Activation", "Axes", "AxisIndexGroups", "AxisName", "BatchNormState", "Map", "Mask", "Momentum", "SpectralNormState"]

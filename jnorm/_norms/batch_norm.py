@@ -16,6 +16,7 @@ from .._pipeline.arguments import (
     check_affine,
     check_dtype,
     check_epsilon,
+    check_flag,
     check_residual,
     check_x,
 )
@@ -231,7 +232,8 @@ def batch_norm(
     check_momentum(momentum, state)
     if is_complex and check_activation(activation):
         raise TypeError(f"activation {activation!r} is for real x; pass a callable of complex arrays.")
-    updates = not use_running_average if update_running is None else update_running
+    use_running_average = check_flag(use_running_average, "use_running_average")
+    updates = not use_running_average if update_running is None else check_flag(update_running, "update_running")
     wide = stats_dtype(x.dtype)
     aux = _Aux(
         jnp.asarray(state["mean"]).astype(wide),

@@ -77,7 +77,7 @@ def group_norm(
     """
     x = check_x(x)
     reduced, axis = _axes(x, reduction_axes, feature_axes)
-    groups = _number_of_groups(x.shape[axis], num_groups, group_size)
+    groups = number_of_groups(x.shape[axis], num_groups, group_size)
     layout = Layout(x.shape, reduced, (axis,))
     scale, bias = (check_affine(v, name, layout, x) for v, name in ((scale, "scale"), (bias, "bias")))
     across, mask = Across.of(axis_name, axis_index_groups), broadcast_mask(mask, x)
@@ -107,7 +107,7 @@ def _axes(x: jax.Array, reduction_axes: Axes | None, feature_axes: int) -> tuple
     return reduced, features[0]
 
 
-def _number_of_groups(channels: int, num_groups: int | None, group_size: int | None) -> int:
+def number_of_groups(channels: int, num_groups: int | None, group_size: int | None) -> int:
     if (num_groups is None) == (group_size is None):
         raise ValueError(f"give one of num_groups and group_size, got num_groups={num_groups} and group_size={group_size}.")
     name, part = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)

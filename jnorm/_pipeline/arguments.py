@@ -24,12 +24,12 @@ class Across(NamedTuple):
         return cls(*canonical_axis_names(axis_name, axis_index_groups))
 
 
-def check_x(x: Any, allow_complex: bool = False) -> jax.Array:
+def check_x(x: Any, allow_complex: bool = False, name: str = "x") -> jax.Array:
     x = jnp.asarray(x)
     kinds = (jnp.floating, jnp.complexfloating) if allow_complex else (jnp.floating,)
     if not any(jnp.issubdtype(x.dtype, k) for k in kinds):
-        hint = "only batch_norm takes complex x" if jnp.iscomplexobj(x) else "convert it first, such as x.astype(jnp.float32)"
-        raise TypeError(f"x must be of a floating dtype, got {x.dtype}; {hint}.")
+        hint = "only batch_norm takes complex x" if jnp.iscomplexobj(x) else f"convert it first, such as {name}.astype(jnp.float32)"
+        raise TypeError(f"{name} must be of a floating dtype, got {x.dtype}; {hint}.")
     return x
 
 
@@ -40,6 +40,15 @@ def check_activation(activation: Activation | None) -> str | None:
     if not (activation is None or isinstance(activation, str) or callable(activation)):
         raise TypeError(f"activation must be None, a name out of {sorted(ACTIVATIONS)} or a callable, got {activation!r}.")
     return activation if isinstance(activation, str) else None
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """A static switch: what it chooses is compiled."""
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} is static and must be a Python bool; mark it so in jax.jit, with static_argnames.")
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, got {value!r}.")
+    return bool(value)
 
 
 def check_epsilon(epsilon: float) -> float:
@@ -63,14 +72,14 @@ def check_residual(residual: Any, x: jax.Array) -> jax.Array | None:
     return residual
 
 
-def check_affine(value: Any, name: str, layout: Layout, x: jax.Array) -> jax.Array | None:
+def check_affine(value: Any, name: str, layout: Layout, x: jax.Array, of: str = "x") -> jax.Array | None:
     """Scale or bias, in the statistics' dtype."""
     if value is None:
         return None
     value = jnp.asarray(value)
     if value.shape != layout.feature_shape:
         raise ValueError(
-            f"{name} must have the shape of x's feature axes {layout.feature_shape}, got {value.shape}; x has shape {layout.shape}."
+            f"{name} must have the shape of {of}'s feature axes {layout.feature_shape}, got {value.shape}; {of} has shape {layout.shape}."
         )
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
         raise TypeError(f"{name} must be real, got {value.dtype}.")

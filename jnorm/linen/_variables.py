@@ -1,0 +1,73 @@
+"""All that knows how Linen stores variables: affine parameters, a state dict, the parameters of a wrapped layer."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from .._modules import errors_in
+from ..typing import AxisName
+
+Initializer = Callable[..., Any]
+
+
+def errors_of(module: nn.Module) -> AbstractContextManager[None]:
+    """Refusals say where in the model they happened."""
+
+    def where() -> str:
+        path, name = "/".join(module.path), type(module).__name__
+        return f"{name} at {path}" if path else name
+
+    return errors_in(where)
+
+
+def scale_param(module: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    return module.param("scale", module.scale_init, shape, module.param_dtype) if module.use_scale else None
+
+
+def bias_param(module: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    return module.param("bias", module.bias_init, shape, module.param_dtype) if module.use_bias else None
+
+
+def axis_name(module: Any) -> AxisName | None:
+    """None in initialization, which runs outside of the mapped axis."""
+    return None if module.is_initializing() else module.axis_name
+
+
+class StateVariables:
+    """A state dict as the variables of a collection, one a key. `make` runs only where there are none yet: it may draw a random key."""
+
+    def __init__(self, module: nn.Module, make: Callable[[], Any], keys: Iterable[str], collection: str = "batch_stats", prefix: str = ""):
+        made: dict[str, Any] = {}
+
+        def initial(key: str) -> Any:
+            if not made:
+                made.update(make())
+            return made[key]
+
+        self._variables = {key: module.variable(collection, prefix + key, initial, key) for key in keys}
+
+    def read(self) -> Any:
+        return {key: variable.value for key, variable in self._variables.items()}
+
+    def write(self, old: Any, new: Any) -> None:
+        """Nothing where nothing moved, so that evaluation needs no mutable collection."""
+        if new is not old:
+            for key, variable in self._variables.items():
+                variable.value = new[key]
+
+
+def call_with_params(module: nn.Module, layer: Any, change: Callable[[str, jax.Array], jax.Array], args: tuple, kwargs: dict) -> Any:
+    """The layer's output with each of its parameters changed, by path, for this call only."""
+    if module.is_initializing():
+        layer(*args, **kwargs)  # makes the parameters, as the layer's own initializers give them
+
+    def changed(collections: Any) -> Any:
+        def one(path: Any, value: Any) -> Any:
+            return change(f"{layer.name}/{jax.tree_util.keystr(path[1:], simple=True, separator='/')}", value)
+
+        return jax.tree_util.tree_map_with_path(one, collections)
+
+    return nn.map_variables(lambda inner: inner(*args, **kwargs), "params", changed)(layer)

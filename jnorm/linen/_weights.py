@@ -1,0 +1,218 @@
+"""Wrappers that change the parameters of a layer for its call, and never write them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import field
+from typing import Any, final
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .._modules import distinct_axes, feature_shape, result_dtype, state_keys
+from ..reparam.spectral_norm import spectral_norm, spectral_norm_state
+from ..reparam.weight_norm import weight_norm
+from ..reparam.weight_standardization import EpsilonMode, weight_standardization
+from ..typing import Axes, SpectralNormState
+from ._variables import Initializer, StateVariables, call_with_params, errors_of
+
+
+@final
+class WeightNorm(nn.Module):
+    """Weight normalization of a layer's kernels: :func:`jnorm.reparam.weight_norm`, in place of `flax.linen.WeightNorm`.
+
+    The layer keeps its parameters, the directions, where they are; "params" of this module holds a length for each, at 1 in the beginning:
+    `"Dense_0/kernel/scale"`. The stored directions are those of the layer's own initializers.
+
+    Args:
+      layer_instance: the layer.
+      epsilon: added to the sum of squares.
+      dtype: of the weights that are used; None: what direction and length promote to.
+      param_dtype: of the lengths.
+      use_scale: learn the lengths; else they are 1.
+      scale_init: initializer of the lengths.
+      feature_axes: the axes along which the length varies; None: one length for each weight.
+      variable_filter: the parameters whose path, such as "Dense_0/kernel", contains one of these are normalized; None: all.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from jnorm import linen as jnn
+      >>> layer = jnn.WeightNorm(nn.Dense(2))
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> jax.tree.map(jnp.shape, variables["params"])
+      {'layer_instance': {'bias': (2,), 'kernel': (3, 2)}, 'layer_instance/kernel/scale': (2,)}
+    """
+
+    layer_instance: nn.Module
+    epsilon: float = 1e-12
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_scale: bool = True
+    scale_init: Initializer = nn.initializers.ones
+    feature_axes: Axes | None = -1
+    variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, with normalized weights."""
+
+        def normalized(path: str, v: jax.Array) -> jax.Array:
+            scale, features = _scale_of(self, path, v)
+            with errors_of(self):
+                return weight_norm(v, scale, feature_axes=features, epsilon=self.epsilon, dtype=result_dtype(v, scale, dtype=self.dtype))
+
+        return call_with_params(self, self.layer_instance, _filtered(self.variable_filter, normalized), args, kwargs)
+
+
+@final
+class WeightStandardization(nn.Module):
+    """Weight standardization of a layer's kernels: :func:`jnorm.reparam.weight_standardization`.
+
+    The layer keeps its parameters; with `use_scale` "params" of this module holds a gain for each: `"Conv_0/kernel/scale"`.
+
+    Args:
+      layer_instance: the layer.
+      epsilon: see :func:`jnorm.reparam.weight_standardization`.
+      dtype: of the weights that are used; None: what weight and gain promote to.
+      param_dtype: of the gains.
+      use_scale: learn a gain.
+      scale_init: initializer of the gains.
+      feature_axes: the axes of the outputs.
+      variable_filter: the parameters whose path, such as "Conv_0/kernel", contains one of these are standardized; None: all.
+      correction: 1 is the unbiased variance, 0 the biased.
+      epsilon_mode: "outside", "inside" or "max".
+      fan_in: n·σ² in place of σ²: scaled weight standardization.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from jnorm import linen as jnn
+      >>> layer = jnn.WeightStandardization(nn.Conv(4, (3, 3)))
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
+      >>> y.shape
+      (1, 8, 8, 4)
+    """
+
+    layer_instance: nn.Module
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_scale: bool = False
+    scale_init: Initializer = nn.initializers.ones
+    feature_axes: Axes = -1
+    variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
+    correction: int | float = 1
+    epsilon_mode: EpsilonMode = "outside"
+    fan_in: bool = False
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, with standardized weights."""
+
+        def standardized(path: str, w: jax.Array) -> jax.Array:
+            scale, features = _scale_of(self, path, w)
+            with errors_of(self):
+                return weight_standardization(
+                    w,
+                    scale,
+                    feature_axes=features,
+                    correction=self.correction,
+                    epsilon=self.epsilon,
+                    epsilon_mode=self.epsilon_mode,
+                    fan_in=self.fan_in,
+                    dtype=result_dtype(w, scale, dtype=self.dtype),
+                )
+
+        return call_with_params(self, self.layer_instance, _filtered(self.variable_filter, standardized), args, kwargs)
+
+
+@final
+class SpectralNorm(nn.Module):
+    """Spectral normalization of a layer's weights: :func:`jnorm.reparam.spectral_norm`, in place of `flax.linen.SpectralNorm`.
+
+    The layer keeps its parameters; `collection_name` holds "u" and "sigma" of each that has two axes or more: `"Dense_0/kernel/u"`.
+    Initialization updates nothing.
+
+    Args:
+      layer_instance: the layer.
+      n_steps: steps of the power iteration in each call; below 1 the weights are used as they are.
+      epsilon: added to the squared norms of u and v.
+      dtype: of the weights that are used; None: what weight and state promote to.
+      param_dtype: of u and sigma.
+      error_on_non_matrix: refuse weights of more than two axes, in place of flattening all but the last.
+      collection_name: the collection of u and sigma.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from jnorm import linen as jnn
+      >>> layer = jnn.SpectralNorm(nn.Dense(2))
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 3)), update_stats=False)
+      >>> y, updates = layer.apply(variables, jnp.ones((1, 3)), update_stats=True, mutable=["batch_stats"])
+      >>> list(updates["batch_stats"])
+      ['layer_instance/kernel/u', 'layer_instance/kernel/sigma']
+    """
+
+    layer_instance: nn.Module
+    n_steps: int = 1
+    epsilon: float = 1e-12
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    error_on_non_matrix: bool = False
+    collection_name: str = "batch_stats"
+
+    @nn.compact
+    def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
+        """The layer's output, with normalized weights.
+
+        Args:
+          *args: the layer's.
+          update_stats: whether u and sigma are stored (training); `collection_name` must be mutable for it.
+          **kwargs: the layer's.
+
+        Returns:
+          What the layer returns.
+        """
+
+        def normalized(path: str, w: jax.Array) -> jax.Array:
+            if w.ndim < 2 or self.n_steps < 1:
+                return w
+            with errors_of(self):
+                if w.ndim > 2 and self.error_on_non_matrix:
+                    raise ValueError(f"{path} has {w.ndim} axes, and error_on_non_matrix is True.")
+                variables = self._state_variables(path, w.shape[-1])
+                state = variables.read()
+                bar, new = spectral_norm(
+                    w,
+                    state,
+                    n_steps=self.n_steps,
+                    epsilon=self.epsilon,
+                    update_stats=update_stats and not self.is_initializing(),
+                    dtype=result_dtype(w, *state.values(), dtype=self.dtype),
+                )
+                variables.write(state, new)
+                return bar
+
+        return call_with_params(self, self.layer_instance, normalized, args, kwargs)
+
+    def _state_variables(self, path: str, features: int) -> StateVariables:
+        def make() -> Any:
+            return spectral_norm_state(self.make_rng("params"), features, dtype=self.param_dtype)
+
+        return StateVariables(self, make, state_keys(SpectralNormState), self.collection_name, prefix=f"{path}/")
+
+
+def _filtered(names: Iterable[str] | None, change: Callable[[str, jax.Array], jax.Array]) -> Callable[[str, jax.Array], jax.Array]:
+    """`change` of the parameters whose path contains one of the names; the others as they are. No names: all, as in Flax."""
+    wanted = tuple(names or ("",))
+    return lambda path, value: change(path, value) if any(name in path for name in wanted) else value
+
+
+def _scale_of(module: WeightNorm | WeightStandardization, path: str, value: jax.Array) -> tuple[jax.Array | None, Any]:
+    """The parameter of this module that belongs to one of the layer's, and the feature axes that it varies along."""
+    if module.feature_axes is None:
+        features, shape = None, ()
+    else:
+        features = distinct_axes(module.feature_axes, value.ndim)
+        with errors_of(module):
+            shape = feature_shape(value, features, "feature_axes")
+    if not module.use_scale:
+        return None, features
+    return module.param(f"{path}/scale", module.scale_init, shape, module.param_dtype), features

@@ -1,0 +1,334 @@
+"""Norms that hold running statistics, and a scale and a bias."""
+
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .._modules import check_keeps_batch, distinct_axes, floating, state_for, state_keys
+from .._norms.batch_norm import batch_norm, batch_norm_state
+from .._norms.tracked_instance_norm import tracked_instance_norm
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum
+from ._variables import (
+    NO_METADATA,
+    Initializer,
+    Metadata,
+    PromoteDtype,
+    affine_param,
+    errors_of,
+    promote_dtype,
+    read_state,
+    set_state,
+    shape_of_features,
+    static,
+    value,
+    write_state,
+    y_dtype,
+)
+
+
+@final
+class BatchNorm(nnx.Module):
+    """Batch normalization: :func:`jnorm.batch_norm` with its state as variables, in place of `flax.nnx.BatchNorm`.
+
+    "mean", "var" and, with `track_count`, "count" are `nnx.BatchStat`; "scale" and "bias" are `nnx.Param`.
+
+    Args:
+      num_features: the number of features: the product of the sizes of the feature axes.
+      use_running_average: normalize with the running statistics (evaluation); what :meth:`train` and :meth:`eval` set. None: to be given
+        to the call.
+      axis: the feature axis or axes; all others are reduced.
+      momentum: the fraction of the old running value that is kept. None: the cumulative average, which needs `track_count`.
+      epsilon: added to the variance.
+      dtype: y's; None: what `promote_dtype` gives. Statistics are of x as given, in at least float32, whatever it is.
+      param_dtype: of scale and bias.
+      use_bias: add a bias.
+      use_scale: multiply by a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: named axis or axes of `pmap`, `shard_map` or `vmap` to merge statistics over, by count.
+      axis_index_groups: groups of equal size within that axis.
+      use_fast_variance: accepted; the variance is the stable one either way.
+      promote_dtype: a function as `flax.nnx.nn.dtypes.promote_dtype`: it fixes y's dtype, never what is reduced.
+      rngs: the stream "params" initializes scale and bias.
+      bias_metadata: metadata of the bias's variable, such as its sharding.
+      scale_metadata: metadata of the scale's variable.
+      update_running: whether the running statistics move; None: exactly when batch statistics normalize.
+      track_count: keep a count, for debiased and cumulative averages.
+      running_var_correction: the variance that enters the running one is the biased one times n / max(n - correction, 1).
+      activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jnorm import nnx as jnx
+      >>> layer = jnx.BatchNorm(2, momentum=0.5, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.array([[1.0, 2.0], [3.0, 6.0]]))
+      >>> layer.mean[...].tolist()
+      [1.0, 2.0]
+      >>> layer.eval()
+      >>> y = layer(jnp.array([[1.0, 2.0]]))  # with the running statistics
+    """
+
+    scale: nnx.Param[jax.Array] | None
+    bias: nnx.Param[jax.Array] | None
+    mean: nnx.BatchStat[jax.Array]
+    var: nnx.BatchStat[jax.Array]
+    count: nnx.BatchStat[jax.Array]  # with track_count
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: Axes = -1,
+        momentum: Momentum = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        axis_name: AxisName | None = None,
+        axis_index_groups: AxisIndexGroups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtype = promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
+        update_running: bool | None = None,
+        track_count: bool = False,
+        running_var_correction: int | float = 0,
+        activation: Activation | None = None,
+    ) -> None:
+        self.num_features = num_features
+        self.scale = affine_param(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
+        self.bias = affine_param(use_bias, bias_init, num_features, param_dtype, rngs, bias_metadata)
+        set_state(self, batch_norm_state(num_features, track_count=track_count))
+        self.use_running_average = use_running_average
+        self.axis = static(axis)
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = static(axis_index_groups)
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.update_running = update_running
+        self.track_count = track_count
+        self.running_var_correction = running_var_correction
+        self.activation = activation
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Mask | None = None,
+        update_running: bool | None = None,
+        momentum: Momentum = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes x.
+
+        Args:
+          x: floating, complex or integer.
+          use_running_average: None: the constructor's.
+          mask: broadcasts against x; nonzero counts.
+          update_running: None: the constructor's.
+          momentum: a float or a traced scalar; None: the constructor's. 1 with `track_count` is the cumulative average.
+          residual: of x's shape, added before the activation.
+
+        Returns:
+          y of x's shape.
+        """
+        with errors_of(self):
+            x = floating(x, self.dtype)
+            features = distinct_axes(self.axis, x.ndim)
+            shape = shape_of_features(self, x, features, "axis")
+            call = _shared_arguments(self, x, shape, use_running_average, update_running, momentum)
+            y, state = batch_norm(x, **call, feature_axes=features, mask=mask, residual=residual)
+            write_state(self, call["state"], state)
+            return y
+
+    def set_view(self, use_running_average: bool | None = None, update_running: bool | None = None) -> None:
+        """What `flax.nnx.view` sets.
+
+        Args:
+          use_running_average: normalize with the running statistics (evaluation).
+          update_running: whether the running statistics move.
+        """
+        _set_view(self, use_running_average, update_running)
+
+
+@final
+class TrackedInstanceNorm(nnx.Module):
+    """Instance normalization with running statistics: :func:`jnorm.tracked_instance_norm` with its state as variables.
+
+    The variables are those of :class:`BatchNorm`. Training is instance normalization; evaluation uses the running statistics.
+
+    Args:
+      num_features: the number of features: the product of the sizes of the feature axes.
+      use_running_average: normalize with the running statistics (evaluation); what :meth:`train` and :meth:`eval` set. None: to be given
+        to the call.
+      feature_axes: the axes along which scale and bias vary, not the first.
+      momentum: the fraction of the old running value that is kept. None: the cumulative average, which needs `track_count`.
+      epsilon: added to the variance.
+      dtype: y's; None: what `promote_dtype` gives. Statistics are of x as given, in at least float32, whatever it is.
+      param_dtype: of scale and bias.
+      use_bias: add a bias.
+      use_scale: multiply by a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: named axis or axes over which the reduced axes are split; not the one that the batch is split over.
+      axis_index_groups: groups of equal size within that axis.
+      use_fast_variance: accepted; the variance is the stable one either way.
+      promote_dtype: a function as `flax.nnx.nn.dtypes.promote_dtype`: it fixes y's dtype, never what is reduced.
+      rngs: the stream "params" initializes scale and bias.
+      bias_metadata: metadata of the bias's variable, such as its sharding.
+      scale_metadata: metadata of the scale's variable.
+      update_running: whether the running statistics move; None: exactly when the samples' own statistics normalize.
+      track_count: keep a count, for debiased and cumulative averages.
+      running_var_correction: each sample's variance enters times n / max(n - correction, 1); 1 is PyTorch's.
+      activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
+      reduction_axes: the axes that are reduced, none of them a feature axis; None: all but the first and the feature axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jnorm import nnx as jnx
+      >>> layer = jnx.TrackedInstanceNorm(1, momentum=0.0, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.array([[[1.0], [3.0]], [[5.0], [9.0]]]))  # two samples, two positions, one channel
+      >>> layer.mean[...].tolist(), layer.var[...].tolist()
+      ([4.5], [2.5])
+    """
+
+    scale: nnx.Param[jax.Array] | None
+    bias: nnx.Param[jax.Array] | None
+    mean: nnx.BatchStat[jax.Array]
+    var: nnx.BatchStat[jax.Array]
+    count: nnx.BatchStat[jax.Array]  # with track_count
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        feature_axes: Axes = -1,
+        momentum: Momentum = 0.99,
+        epsilon: float = 1e-6,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        axis_name: AxisName | None = None,
+        axis_index_groups: AxisIndexGroups | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtype = promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NO_METADATA,
+        scale_metadata: Metadata = NO_METADATA,
+        update_running: bool | None = None,
+        track_count: bool = False,
+        running_var_correction: int | float = 0,
+        activation: Activation | None = None,
+        reduction_axes: Axes | None = None,
+    ) -> None:
+        self.num_features = num_features
+        self.scale = affine_param(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
+        self.bias = affine_param(use_bias, bias_init, num_features, param_dtype, rngs, bias_metadata)
+        set_state(self, batch_norm_state(num_features, track_count=track_count))
+        self.use_running_average = use_running_average
+        self.feature_axes = static(feature_axes)
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = static(axis_index_groups)
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.update_running = update_running
+        self.track_count = track_count
+        self.running_var_correction = running_var_correction
+        self.activation = activation
+        self.reduction_axes = static(reduction_axes)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Mask | None = None,
+        update_running: bool | None = None,
+        momentum: Momentum = None,
+    ) -> jax.Array:
+        """Normalizes x; the arguments are those of :meth:`BatchNorm.__call__`."""
+        with errors_of(self):
+            x = floating(x, self.dtype)
+            features = distinct_axes(self.feature_axes, x.ndim)
+            check_keeps_batch(self.reduction_axes, features, x.ndim)
+            shape = shape_of_features(self, x, features, "feature_axes")
+            call = _shared_arguments(self, x, shape, use_running_average, update_running, momentum)
+            reduced = None if self.reduction_axes is None else distinct_axes(self.reduction_axes, x.ndim)
+            y, state = tracked_instance_norm(x, **call, feature_axes=features, reduction_axes=reduced, mask=mask)
+            write_state(self, call["state"], state)
+            return y
+
+    def set_view(self, use_running_average: bool | None = None, update_running: bool | None = None) -> None:
+        """What `flax.nnx.view` sets.
+
+        Args:
+          use_running_average: normalize with the running statistics (evaluation).
+          update_running: whether the running statistics move.
+        """
+        _set_view(self, use_running_average, update_running)
+
+
+def _set_view(module: BatchNorm | TrackedInstanceNorm, use_running_average: bool | None, update_running: bool | None) -> None:
+    if use_running_average is not None:
+        module.use_running_average = use_running_average
+    if update_running is not None:
+        module.update_running = update_running
+
+
+def _shared_arguments(
+    module: BatchNorm | TrackedInstanceNorm,
+    x: jax.Array,
+    shape: tuple[int, ...],
+    use_running_average: bool | None,
+    update_running: bool | None,
+    momentum: Momentum,
+) -> dict[str, Any]:
+    """The arguments that both functions take: of the call, else of the constructor."""
+    name = type(module).__name__
+    state = read_state(module, state_keys(BatchNormState, module.track_count), shape)
+    scale, bias = value(module.scale, shape), value(module.bias, shape)
+    return {
+        "state": state_for(x, state),
+        "scale": scale,
+        "bias": bias,
+        "use_running_average": nnx.module.first_from(
+            use_running_average,
+            module.use_running_average,
+            error_msg=f"No `use_running_average` argument was provided to {name}: "
+            "pass it to the constructor or to the call, or set it with train(), eval() or nnx.view.",
+        ),
+        "update_running": module.update_running if update_running is None else update_running,
+        "momentum": module.momentum if momentum is None else momentum,
+        "epsilon": module.epsilon,
+        "axis_name": module.axis_name,
+        "axis_index_groups": module.axis_index_groups,
+        "running_var_correction": module.running_var_correction,
+        "activation": module.activation,
+        "dtype": y_dtype(module, x, (state["mean"], state["var"]), (scale, bias)),
+    }

@@ -1,0 +1,296 @@
+"""Wrappers that change the parameters of a layer for its call, and never write them."""
+
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .._modules import distinct_axes, feature_shape, result_dtype, state_keys
+from ..reparam.spectral_norm import spectral_norm
+from ..reparam.weight_norm import weight_norm
+from ..reparam.weight_standardization import EpsilonMode, weight_standardization
+from ..typing import Axes, SpectralNormState
+from ._variables import Initializer, Path, PromoteDtype, call_with_params, errors_of, key_of, params_of, promote_dtype, static, y_dtype
+
+
+@final
+class WeightNorm(nnx.Module):
+    """Weight normalization of a layer's kernels: :func:`jnorm.reparam.weight_norm`, in place of `flax.nnx.WeightNorm`.
+
+    The layer keeps its parameters, the directions, and they are never written; `scales` holds an `nnx.Param`, the length, for each, by its
+    path in the layer.
+
+    Args:
+      layer_instance: the layer.
+      feature_axes: the axes along which the length varies; None: one length for each weight.
+      use_scale: learn the lengths; else they are 1.
+      scale_init: initializer of the lengths.
+      epsilon: added to the sum of squares.
+      dtype: of the weights that are used; None: what `promote_dtype` gives.
+      param_dtype: of the lengths.
+      variable_filter: which parameters are normalized.
+      promote_dtype: a function as `flax.nnx.nn.dtypes.promote_dtype`, of direction and length.
+      rngs: keys for `scale_init`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jnorm import nnx as jnx
+      >>> rngs = nnx.Rngs(0)
+      >>> layer = jnx.WeightNorm(nnx.Linear(3, 2, rngs=rngs), rngs=rngs)
+      >>> layer(jnp.ones((1, 3))).shape
+      (1, 2)
+      >>> layer.scales[("kernel",)][...].tolist()
+      [1.0, 1.0]
+    """
+
+    scales: dict[Path, nnx.Param[jax.Array]] | None
+
+    def __init__(
+        self,
+        layer_instance: nnx.Module,
+        *,
+        feature_axes: Axes | None = -1,
+        use_scale: bool = True,
+        scale_init: Initializer = nnx.initializers.ones,
+        epsilon: float = 1e-12,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        variable_filter: Any = nnx.PathContains("kernel"),  # noqa: B008
+        promote_dtype: PromoteDtype = promote_dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.layer_instance = layer_instance
+        self.feature_axes = static(feature_axes)
+        self.use_scale = use_scale
+        self.scale_init = scale_init
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.variable_filter = nnx.filterlib.to_predicate(variable_filter)
+        self.promote_dtype = promote_dtype
+        self.scales = _scales(self, rngs)
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, with normalized weights."""
+        weights = {}
+        for path, v, scale, features in _weights(self):
+            with errors_of(self):
+                dtype = y_dtype(self, v, affine=(scale,))
+                weights[path] = weight_norm(v, scale, feature_axes=features, epsilon=self.epsilon, dtype=dtype)
+        return call_with_params(self.layer_instance, weights, x, *args, **kwargs)
+
+
+@final
+class WeightStandardization(nnx.Module):
+    """Weight standardization of a layer's kernels: :func:`jnorm.reparam.weight_standardization`.
+
+    The layer keeps its parameters, and they are never written; with `use_scale`, `scales` holds an `nnx.Param`, the gain, for each, by its
+    path in the layer.
+
+    Args:
+      layer_instance: the layer.
+      feature_axes: the axes of the outputs.
+      use_scale: learn a gain.
+      scale_init: initializer of the gains.
+      epsilon: see :func:`jnorm.reparam.weight_standardization`.
+      dtype: of the weights that are used; None: what `promote_dtype` gives.
+      param_dtype: of the gains.
+      variable_filter: which parameters are standardized.
+      promote_dtype: a function as `flax.nnx.nn.dtypes.promote_dtype`, of weight and gain.
+      rngs: keys for `scale_init`.
+      correction: 1 is the unbiased variance, 0 the biased.
+      epsilon_mode: "outside", "inside" or "max".
+      fan_in: n·σ² in place of σ²: scaled weight standardization.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jnorm import nnx as jnx
+      >>> rngs = nnx.Rngs(0)
+      >>> layer = jnx.WeightStandardization(nnx.Conv(2, 4, (3, 3), rngs=rngs), rngs=rngs)
+      >>> layer(jnp.ones((1, 8, 8, 2))).shape
+      (1, 8, 8, 4)
+    """
+
+    scales: dict[Path, nnx.Param[jax.Array]] | None
+
+    def __init__(
+        self,
+        layer_instance: nnx.Module,
+        *,
+        feature_axes: Axes = -1,
+        use_scale: bool = False,
+        scale_init: Initializer = nnx.initializers.ones,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        variable_filter: Any = nnx.PathContains("kernel"),  # noqa: B008
+        promote_dtype: PromoteDtype = promote_dtype,
+        rngs: nnx.Rngs,
+        correction: int | float = 1,
+        epsilon_mode: EpsilonMode = "outside",
+        fan_in: bool = False,
+    ) -> None:
+        self.layer_instance = layer_instance
+        self.feature_axes = static(feature_axes)
+        self.use_scale = use_scale
+        self.scale_init = scale_init
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.variable_filter = nnx.filterlib.to_predicate(variable_filter)
+        self.promote_dtype = promote_dtype
+        self.correction = correction
+        self.epsilon_mode: EpsilonMode = epsilon_mode
+        self.fan_in = fan_in
+        self.scales = _scales(self, rngs)
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, with standardized weights."""
+        weights = {}
+        for path, w, scale, features in _weights(self):
+            with errors_of(self):
+                weights[path] = weight_standardization(
+                    w,
+                    scale,
+                    feature_axes=features,
+                    correction=self.correction,
+                    epsilon=self.epsilon,
+                    epsilon_mode=self.epsilon_mode,
+                    fan_in=self.fan_in,
+                    dtype=y_dtype(self, w, affine=(scale,)),
+                )
+        return call_with_params(self.layer_instance, weights, x, *args, **kwargs)
+
+
+@final
+class SpectralNorm(nnx.Module):
+    """Spectral normalization of a layer's weights: :func:`jnorm.reparam.spectral_norm`, in place of `flax.nnx.SpectralNorm`.
+
+    The layer keeps its parameters, and they are never written; `batch_stats` holds "u" and "sigma" of each that has two axes or more, by
+    its path in the layer.
+
+    Args:
+      layer_instance: the layer.
+      n_steps: steps of the power iteration in each call; below 1 the weights are used as they are.
+      epsilon: added to the squared norms of u and v.
+      dtype: of the weights that are used; None: what weight and state promote to.
+      param_dtype: of u and sigma.
+      error_on_non_matrix: refuse weights of more than two axes, in place of flattening all but the last.
+      update_stats: whether u and sigma are stored (training); what :meth:`train` and :meth:`eval` set.
+      rngs: the stream "params" initializes u.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jnorm import nnx as jnx
+      >>> rngs = nnx.Rngs(0)
+      >>> layer = jnx.SpectralNorm(nnx.Linear(3, 2, rngs=rngs), rngs=rngs)
+      >>> y = layer(jnp.ones((1, 3)), update_stats=True)
+      >>> layer.batch_stats[("kernel", "u")].shape
+      (1, 2)
+    """
+
+    batch_stats: dict[Path, nnx.BatchStat[jax.Array]]
+
+    def __init__(
+        self,
+        layer_instance: nnx.Module,
+        *,
+        n_steps: int = 1,
+        epsilon: float = 1e-12,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        error_on_non_matrix: bool = False,
+        update_stats: bool = True,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.layer_instance = layer_instance
+        self.n_steps = n_steps
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.error_on_non_matrix = error_on_non_matrix
+        self.use_running_average = not update_stats  # what train() and eval() set
+        stats = {}
+        for path, w in self._matrices():
+            initial = SpectralNormState(
+                u=nnx.initializers.normal()(rngs.params(), (1, w.shape[-1]), param_dtype), sigma=jnp.ones((), param_dtype)
+            )
+            stats |= {(*path, key): nnx.BatchStat(initial[key]) for key in state_keys(SpectralNormState)}
+        self.batch_stats = nnx.data(stats)
+
+    def __call__(self, x: Any, update_stats: bool | None = None, **kwargs: Any) -> Any:
+        """The layer's output, with normalized weights.
+
+        Args:
+          x: the layer's input.
+          update_stats: whether u and sigma are stored; None: the constructor's, or what :meth:`train` and :meth:`eval` set.
+          **kwargs: the layer's.
+
+        Returns:
+          What the layer returns.
+        """
+        update = not self.use_running_average if update_stats is None else update_stats
+        weights = {path: self._normalized(path, w[...], update) for path, w in self._matrices()}
+        return call_with_params(self.layer_instance, weights, x, **kwargs)
+
+    def _matrices(self) -> list[tuple[Path, nnx.Param[jax.Array]]]:
+        found = [(path, w) for path, w in params_of(self.layer_instance).items() if w.ndim > 1] if self.n_steps >= 1 else []
+        for path, w in found:
+            if w.ndim > 2 and self.error_on_non_matrix:
+                with errors_of(self):
+                    raise ValueError(f"{'/'.join(map(str, path))} has {w.ndim} axes, and error_on_non_matrix is True.")
+        return found
+
+    def _normalized(self, path: Path, w: jax.Array, update_stats: bool) -> jax.Array:
+        with errors_of(self):
+            entries = {key: _entry(self.batch_stats, (*path, key)) for key in state_keys(SpectralNormState)}
+            state: Any = {key: entry[...] for key, entry in entries.items()}
+            dtype = result_dtype(w, *state.values(), dtype=self.dtype)
+            bar, new = spectral_norm(w, state, n_steps=self.n_steps, epsilon=self.epsilon, update_stats=update_stats, dtype=dtype)
+        if new is not state:
+            for key, entry in entries.items():
+                entry[...] = new[key]
+        return bar
+
+
+def _entry(entries: dict[Path, Any], path: Path) -> Any:
+    if path not in entries:
+        raise ValueError(
+            f"there is no entry {path} in {sorted(entries)}: the layer's parameters must be those that it had at construction."
+        )
+    return entries[path]
+
+
+def _scales(module: WeightNorm | WeightStandardization, rngs: nnx.Rngs) -> Any:
+    """A scale for each parameter that the filter selects, as data."""
+    if not module.use_scale:
+        return nnx.data(None)
+    scales = {}
+    for path, param in params_of(module.layer_instance).items():
+        if module.variable_filter(path, param):
+            _, shape = _features(module, param[...])
+            scales[path] = nnx.Param(module.scale_init(key_of(rngs, path), shape, module.param_dtype))
+    return nnx.data(scales)
+
+
+def _weights(module: WeightNorm | WeightStandardization) -> list[tuple[Path, jax.Array, jax.Array | None, Any]]:
+    """Path, value, scale and feature axes of each parameter that the filter selects."""
+    found = []
+    for path, param in params_of(module.layer_instance).items():
+        if module.variable_filter(path, param):
+            with errors_of(module):
+                scale = None if module.scales is None else _entry(module.scales, path)[...]
+            found.append((path, param[...], scale, _features(module, param[...])[0]))
+    return found
+
+
+def _features(module: WeightNorm | WeightStandardization, value: jax.Array) -> tuple[Any, tuple[int, ...]]:
+    if module.feature_axes is None:
+        return None, ()
+    features = distinct_axes(module.feature_axes, value.ndim)
+    with errors_of(module):
+        return features, feature_shape(value, features, "feature_axes")

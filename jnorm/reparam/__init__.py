@@ -1,0 +1,8 @@
+"""Reparametrizations of weights: pure functions from a weight to the one that is used, never in place."""
+
+from .spectral_norm import spectral_norm as spectral_norm
+from .spectral_norm import spectral_norm_state as spectral_norm_state
+from .weight_norm import weight_norm as weight_norm
+from .weight_standardization import weight_standardization as weight_standardization
+
+__all__ = ["spectral_norm", "spectral_norm_state", "weight_norm", "weight_standardization"]
