@@ -50,7 +50,7 @@ def state_keys(state: Any, optional: bool = True) -> tuple[str, ...]:
 
 
 def distinct_axes(axes: Any, ndim: int) -> Any:
-    """The axes without repetitions, as Flax takes them; what is out of range, or no axis at all, is left for the functions to refuse."""
+    """The axes without repetitions, as Flax takes them; None, or what is out of range or no axis, is left to the functions."""
     given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
     if not all(isinstance(a, int | np.integer) and -ndim <= a < ndim for a in given):
         return axes

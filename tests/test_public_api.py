@@ -15,11 +15,15 @@ import tomllib
 import pytest
 
 import jnorm
+import jnorm.linen
+import jnorm.nnx
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = pathlib.Path(jnorm.__file__).parent
 NORMS = ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "tracked_instance_norm"]
 FUNCTIONS = [n for n in jnorm.__all__ if inspect.isfunction(getattr(jnorm, n))]
+REPARAMETRIZATIONS = [getattr(jnorm.reparam, n) for n in jnorm.reparam.__all__]
+CLASSES = [getattr(api, n) for api in (jnorm.linen, jnorm.nnx) for n in api.__all__]
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "jnorm."))
 
 # Who may import whom: only what stands before it, and itself; those of one level do not know each other.
@@ -124,19 +128,44 @@ def test_no_file_is_long():
     assert not long
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_docstring(name):
-    text = inspect.getdoc(getattr(jnorm, name))
+def has_entry(parameter, text):
+    return re.search(rf"^\s*([*\w]+, )*[*]*{parameter}(, [*\w]+)*( \([^)]*\))?:", text, re.M)
+
+
+@pytest.mark.parametrize("function", [*(getattr(jnorm, n) for n in FUNCTIONS), *REPARAMETRIZATIONS], ids=lambda f: f.__name__)
+def test_docstring(function):
+    text = inspect.getdoc(function)
     assert text and text.splitlines()[0].endswith(".")
     for section in ("Args:", "Returns:", ">>>"):
         assert section in text, section
-    for parameter in inspect.signature(getattr(jnorm, name)).parameters:
-        assert re.search(rf"^\s*(\w+, )*{parameter}(, \w+)*( \([^)]*\))?:", text, re.M), f"{parameter} is not in Args"
+    assert [n for n in inspect.signature(function).parameters if not has_entry(n, text)] == []
 
 
-@pytest.mark.parametrize("name", [*NORMS, "normalize"])
-def test_docstring_of_a_norm(name):
-    text = inspect.getdoc(getattr(jnorm, name))
+def constructor_arguments(cls):
+    """For Linen its own fields; the metaclass of NNX hides the signature of the constructor."""
+    return [n for n in inspect.signature(cls.__init__).parameters if n not in ("self", "parent", "name")]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: f"{c.__module__.split('.')[1]}.{c.__name__}")
+def test_docstring_of_a_module(cls):
+    text = inspect.getdoc(cls)
+    assert text and ":func:`jnorm." in text.splitlines()[0] and ">>>" in text
+    assert [n for n in constructor_arguments(cls) if not has_entry(n, text)] == []
+    assert inspect.getdoc(cls.__call__)
+
+
+def test_linen_and_nnx_mirror_each_other():
+    assert jnorm.linen.__all__ == jnorm.nnx.__all__ == sorted(jnorm.nnx.__all__)
+    assert {p.name for p in (PACKAGE / "linen").glob("*.py")} == {p.name for p in (PACKAGE / "nnx").glob("*.py")}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [*(getattr(jnorm, n) for n in [*NORMS, "normalize"]), *(f for f in REPARAMETRIZATIONS if not f.__name__.endswith("_state"))],
+    ids=lambda f: f.__name__,
+)
+def test_docstring_of_a_norm(function):
+    text = inspect.getdoc(function)
     for section in ("math", "Raises:", "Numerics:", "Distributed:", "References:"):
         assert section in text, section
     assert re.search(r"arxiv|arXiv|http", text)

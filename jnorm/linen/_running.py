@@ -181,7 +181,7 @@ class TrackedInstanceNorm(nn.Module):
             check_keeps_batch(self.reduction_axes, features, x.ndim)
             variables = _state_variables(self, x, feature_shape(x, features, "feature_axes"))
             call = _shared_arguments(self, x, variables, use_running_average, update_running, momentum)
-            reduced = None if self.reduction_axes is None else distinct_axes(self.reduction_axes, x.ndim)
+            reduced = distinct_axes(self.reduction_axes, x.ndim)
             y, state = tracked_instance_norm(x, **call, feature_axes=features, reduction_axes=reduced, mask=mask)
             variables.write(call["state"], state)
             return y

@@ -279,7 +279,7 @@ class TrackedInstanceNorm(nnx.Module):
             check_keeps_batch(self.reduction_axes, features, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")
             call = _shared_arguments(self, x, shape, use_running_average, update_running, momentum)
-            reduced = None if self.reduction_axes is None else distinct_axes(self.reduction_axes, x.ndim)
+            reduced = distinct_axes(self.reduction_axes, x.ndim)
             y, state = tracked_instance_norm(x, **call, feature_axes=features, reduction_axes=reduced, mask=mask)
             write_state(self, call["state"], state)
             return y
