@@ -4,6 +4,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import jax
 import numpy as np
 
 import jnorm
@@ -24,9 +25,11 @@ def blocks(name, language):
 
 
 def test_readme_train_step():
-    (code,) = blocks("README.md", "python")
+    step, modules = blocks("README.md", "python")
     names = {}
-    exec(code, names)
+    exec(step + modules, names)
+    variables = names["Block"]().init(jax.random.key(0), names["x"], train=True)
+    assert set(variables["batch_stats"]) == {"BatchNorm_0"} and names["norm"](names["x"]).shape == (32, 8)
     params, state, first, x, target = (names[k] for k in ("params", "state", "value", "x", "target"))
     for _ in range(20):
         params, state, value = names["train_step"](params, state, x, target)
