@@ -15,7 +15,7 @@ import functools
 import jax.numpy as jnp
 from jnorm._pipeline.arguments import Across, broadcast_mask, check_affine, check_dtype, check_epsilon, check_x
 from jnorm._pipeline.axes import Layout, canonical_axes, others
-from jnorm._pipeline.normalize import run
+from jnorm._pipeline.normalize import affine, run
 from jnorm._stats import inverse_sqrt
 """
 

@@ -22,7 +22,7 @@ from .._pipeline.arguments import (
 )
 from .._pipeline.axes import Layout, canonical_axes, others
 from .._pipeline.moments import keepdims_moments
-from .._pipeline.normalize import run
+from .._pipeline.normalize import affine, run
 from .._pipeline.running import check_momentum, check_state, corrected_var, update
 from .._stats import Stats, inverse_sqrt, stats_dtype
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum
@@ -68,7 +68,7 @@ def _map(epsilon: float, stats: Stats, aux: _Aux) -> tuple[jax.Array, jax.Array,
     counted = stats.count > 0
     mul = inverse_sqrt(jnp.where(counted, stats.var, aux.var) + epsilon)
     shift = jnp.where(counted, stats.offset, aux.mean - stats.center)
-    return shift, mul if aux.scale is None else mul * aux.scale, jnp.zeros_like(mul) if aux.bias is None else aux.bias
+    return shift, *affine(mul, aux.scale, aux.bias)
 
 
 def _at_mean(mean: jax.Array, layout: Layout) -> Stats:

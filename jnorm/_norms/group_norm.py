@@ -9,7 +9,7 @@ import numpy as np
 
 from .._pipeline.arguments import Across, broadcast_mask, check_activation, check_affine, check_dtype, check_epsilon, check_x
 from .._pipeline.axes import Layout, canonical_axes
-from .._pipeline.normalize import run
+from .._pipeline.normalize import affine, run
 from .._pipeline.rows import run_rows
 from .._stats import Stats, combine, inverse_sqrt
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask
@@ -120,7 +120,6 @@ def number_of_groups(channels: int, num_groups: int | None, group_size: int | No
 
 
 def _map(groups: int, epsilon: float, stats: Stats, aux: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-    scale, bias = aux
     channels = stats.count.shape[-1]
     merged = combine(jax.tree.map(lambda a: a.reshape(*a.shape[:-1], groups, channels // groups), stats), -1)
     rstd = jnp.where(merged.count > 0, inverse_sqrt(merged.var + epsilon), 0)
@@ -131,8 +130,7 @@ def _map(groups: int, epsilon: float, stats: Stats, aux: tuple) -> tuple[jax.Arr
     center, offset, mul = map(per_channel, (merged.center, merged.offset, rstd))
     # The difference of centers first: it is small and exact where the channels' means are close.
     shift = (center - stats.center) + offset
-    row = (1,) * (mul.ndim - 1) + (-1,)
-    return shift, mul if scale is None else mul * scale.reshape(row), jnp.zeros_like(mul) if bias is None else bias.reshape(row)
+    return shift, *affine(mul, *aux)
 
 
 def _single_position(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._pipeline.arguments import Across, broadcast_mask, check_affine, check_dtype, check_epsilon, check_x
 from .._pipeline.axes import Layout, canonical_axes, others
-from .._pipeline.normalize import run
+from .._pipeline.normalize import affine, run
 from .._stats import Stats, inverse_sqrt
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask
 
@@ -119,6 +119,5 @@ def run_instances(
 
 
 def _map(epsilon: float, stats: Stats, aux: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-    scale, bias = (None if v is None else v.reshape((1,) * (stats.count.ndim - v.ndim) + v.shape) for v in aux)
     mul = jnp.where(stats.count > 0, inverse_sqrt(stats.var + epsilon), 0)
-    return stats.offset, mul if scale is None else mul * scale, jnp.zeros_like(mul) if bias is None else bias
+    return stats.offset, *affine(mul, *aux)

@@ -201,3 +201,12 @@ def normalize(
         mask=broadcast_mask(mask, x), residual=check_residual(residual, x), activation=activation, dtype=check_dtype(dtype, x),
     )  # fmt: skip
     return y, jax.tree.map(layout.squeeze, stats)
+
+
+def affine(mul: jax.Array, scale: jax.Array | None, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The mul and add of a map from 1/s, scale and bias, which have the shape of the features: the last axes of the statistics."""
+
+    def aligned(v: jax.Array) -> jax.Array:
+        return v.reshape((1,) * (mul.ndim - v.ndim) + v.shape)
+
+    return mul if scale is None else mul * aligned(scale), jnp.zeros_like(mul) if bias is None else aligned(bias)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._pipeline.arguments import Across, check_affine, check_dtype, check_epsilon, check_flag, check_x
 from .._pipeline.axes import Layout, canonical_axes, others
-from .._pipeline.normalize import run
+from .._pipeline.normalize import affine, run
 from .._stats import Stats, inverse_sqrt
 from ..typing import Axes
 
@@ -91,4 +91,4 @@ def _map(correction: float, epsilon: float, mode: EpsilonMode, fan_in: bool, sta
             mul = inverse_sqrt(var + epsilon)
         case "max":
             mul = inverse_sqrt(jnp.maximum(var, epsilon))
-    return stats.offset, mul if gain is None else mul * gain, jnp.zeros_like(mul)
+    return stats.offset, *affine(mul, gain)
