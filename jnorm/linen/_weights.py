@@ -184,7 +184,7 @@ class SpectralNorm(nn.Module):
                     state,
                     n_steps=self.n_steps,
                     epsilon=self.epsilon,
-                    update_stats=update_stats and not self.is_initializing(),
+                    update_stats=False if self.is_initializing() else update_stats,
                     dtype=result_dtype(w, *state.values(), dtype=self.dtype),
                 )
                 variables.write(state, new)
