@@ -79,6 +79,11 @@ install_tools() {
   fresh_venv .ci/venv -e ".[dev]"
 }
 
+build_docs() {
+  stage "the documentation, warnings as errors"
+  show_and_run "$tools/sphinx-build" -W --keep-going -n -q -b html docs "$out/docs"
+}
+
 # readme_tests MARKERS: the README's test command as it stands; PyTorch is installed beforehand, so that its tests are not skipped.
 readme_tests() {
   stage "the README's test command, newest JAX, with PyTorch (-m '$1')"

@@ -21,7 +21,8 @@ extensions = [
 exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore = [
-    # Built-in names in "Raises:"; no inventory of Python's documentation is loaded, since a build needs no network.
+    # Built-in names in "Raises:". No inventory of Python's documentation is loaded, so
+    # that a build needs no network.
     ("py:exc", "ValueError"),
     ("py:exc", "TypeError"),
     ("py:class", "dict"),  # the base of a TypedDict
@@ -35,6 +36,8 @@ nitpick_ignore = [
 html_theme = "furo"
 html_title = f"jnorm {release}"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 # Single backticks in docstrings are code, as in Markdown.
 default_role = "literal"
@@ -42,11 +45,13 @@ add_module_names = True
 maximum_signature_line_length = 88
 
 autodoc_member_order = "bysource"
-# Types and shapes are in "Args:", and jnorm.typing says what Axes, Mask and the others are; annotations would make signatures unreadable.
+# Types and shapes are in "Args:", and jnorm.typing says what Axes and Mask are;
+# annotations would make signatures unreadable.
 autodoc_typehints = "none"
 
 napoleon_numpy_docstring = False
-napoleon_custom_sections = ["Numerics", "Distributed"]
+# "Returns" as text: its first words are no type.
+napoleon_custom_sections = ["Returns", "Numerics", "Distributed"]
 napoleon_use_rtype = False
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
@@ -60,8 +65,12 @@ INHERITED = {"self", "parent", "name"}
 
 
 def show_default(value: Any) -> str:
-    """`ones` for an initializer and `float32` for a dtype, where repr gives addresses and quotes of classes."""
-    if isinstance(value, types.FunctionType) or inspect.isclass(value) or hasattr(value, "__name__"):
+    """`ones` for an initializer, `float32` for a dtype: repr would give addresses."""
+    if (
+        isinstance(value, types.FunctionType)
+        or inspect.isclass(value)
+        or hasattr(value, "__name__")
+    ):
         return value.__name__
     if type(value).__name__ in ("FrozenDict", "FrozenSet", "frozenset"):
         return "{" + ", ".join(map(repr, sorted(value))) + "}"
@@ -74,20 +83,36 @@ def signature_of(function: Any) -> str:
     """Names and defaults, without annotations."""
     shown = []
     signature = inspect.signature(function)
-    keyword_only = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    keyword_only = any(
+        p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()
+    )
     for parameter in signature.parameters.values():
         if parameter.name in INHERITED:
             continue
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             shown.append("*")
             keyword_only = True
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-        default = "" if parameter.default is parameter.empty else f"={show_default(parameter.default)}"
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(
+            parameter.kind, ""
+        )
+        default = (
+            ""
+            if parameter.default is parameter.empty
+            else f"={show_default(parameter.default)}"
+        )
         shown.append(f"{stars}{parameter.name}{default}")
     return f"({', '.join(shown)})"
 
 
-def process_signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: Any, annotation: Any) -> tuple | None:
+def process_signature(
+    app: Any,
+    what: str,
+    name: str,
+    obj: Any,
+    options: Any,
+    signature: Any,
+    annotation: Any,
+) -> tuple | None:
     if what == "class" and issubclass(obj, dict | tuple):
         return "", ""  # dicts and tuples, whose fields are listed below them
     if what == "class":

@@ -1,24 +1,154 @@
-"""The documentation: the code of every page runs as it stands, and every public name is on a page of the API."""
+"""The documentation: the code of every page runs as it stands and does what it says, and every public name is on a page of the API."""
 
+import contextlib
+import functools
+import importlib
+import io
 import re
 import textwrap
 from pathlib import Path
 
+import flax
+import jax
+import numpy as np
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md") if "_build" not in p.parts)
+PAGES = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md") if "_build" not in p.relative_to(DOCS).parts)
+MODULES = ["jnorm", "jnorm.reparam", "jnorm.linen", "jnorm.nnx", "jnorm.typing"]
 
 
+def text_of(page):
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def blocks(page):
+    """The Python blocks of a page, each with the number of lines before it."""
+    for block in re.finditer(r"^( *)```python\n(.*?)^ *```$", text_of(page), re.M | re.S):
+        yield text_of(page)[: block.start(2)].count("\n"), textwrap.dedent(block[2])
+
+
+@functools.cache
 def run(page):
-    """The Python blocks of a page, in order, in one namespace, with the lines of the page in a traceback."""
-    text, names = (DOCS / page).read_text(), {"__name__": "__docs__"}
-    for block in re.finditer(r"^( *)```python\n(.*?)^ *```$", text, re.M | re.S):
-        line = text[: block.start(2)].count("\n")
-        exec(compile("\n" * line + textwrap.dedent(block[2]), str(DOCS / page), "exec"), names)
-    return names
+    """The names that a page's blocks define, run in order in one namespace; a traceback shows the lines of the page."""
+    names = {"__name__": "__docs__"}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for line, code in blocks(page):
+            exec(compile("\n" * line + code, str(DOCS / page), "exec"), names)
+    return names | {"printed": printed.getvalue().splitlines()}
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_page(page):
+def differ(a, b):
+    return max(float(abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p))])
+def test_code_runs(page):
     run(page)
+
+
+def test_guides_have_code():
+    assert not [p for p in PAGES if p.startswith("guide/") and not any(blocks(p))]
+
+
+def test_training_loop():
+    names = run("guide/training_loop.md")
+    assert names["continued"] == names["after_restart"]
+    assert names["frozen"] is names["state"] and names["same"] is names["state"]
+    assert (names["moved"]["mean"] != names["state"]["mean"]).all()
+    fixed = names["partly"].update(names["params"], names["partly"].init(names["params"]), names["params"])[0]
+    assert not np.any(fixed["scale"]) and np.any(fixed["w"])
+    # A debiased and a cumulative average of one batch are its mean: a sum of 32 rounding errors and a division.
+    mean = np.asarray(names["hidden"], np.float64).mean(0)
+    for state in (names["debiased"], names["average"]):
+        np.testing.assert_allclose(state["mean"], mean, rtol=40 * 2.0**-24)
+
+
+def test_training_loop_trains_in_each_way():
+    names = run("guide/training_loop.md")
+    untrained = np.mean(np.asarray(names["target"], np.float64) ** 2)  # of an output of 0
+    for loss in (names["values"][-1], names["linen_value"], names["nnx_value"]):
+        assert loss < untrained
+    assert names["network"].norm.use_running_average is True
+
+
+def test_devices_give_the_answer_of_one():
+    """Rounding of sums over 32 values: x is near 5, and y below 4."""
+    names = run("guide/devices.md")
+    eps, n = 2.0**-24, 32
+    assert abs(names["y_one"]).max() < 4
+    local = jax.pmap(names["local"], axis_name="data", in_axes=(0, None, None, None))
+    y, state = local(names["shards"], names["state"], names["scale"], names["bias"])
+    assert differ(y.reshape(n, 4), names["y_one"]) < 4 * (n + 16) * eps
+    assert differ(jax.tree.map(lambda v: v[0], state), names["state_one"]) < 5 * (n + 16) * eps
+    # The gradient of scale is the sum of 3·y³; on one device it is neither that of a shard nor eight times itself.
+    whole = 3 * (np.asarray(names["y_one"], np.float64) ** 3).sum(0)
+    for gradient in (names["by_jax"], names["by_hand"]):
+        assert differ(gradient, whole) < 3 * n * 4**3 * (n + 16) * eps
+    assert differ(names["updates"]["batch_stats"], jax.tree.map(np.asarray, names["state_one"])) < 5 * (n + 16) * eps
+
+
+def test_devices_count_the_rows_of_an_uneven_batch():
+    names = run("guide/devices.md")
+    mean = np.asarray(names["odd"], np.float64).mean(0)
+    np.testing.assert_allclose(names["state_padded"]["mean"], 0.01 * mean, rtol=48 * 2.0**-24)
+    assert differ(names["y_padded"][:29], names["y_odd"]) < 4 * 48 * 2.0**-24
+
+
+def test_numerics():
+    names = run("guide/numerics.md")
+    assert names["after"] == names["before"] and differ(names["y"], np.full((4, 1), 0.25)) < 1e-5
+    assert names["stats"].var == 1.25
+    assert names["printed"][0].startswith("[1.25]") and names["printed"][0] != "[1.25] [1.25]"
+    assert "bfloat16 float32" in names["printed"]
+
+
+def test_checkpointing_prints_what_the_page_says():
+    names = run("guide/checkpointing.md")
+    for line in ("65536 66176", "bf16[32,64,16] from the argument x"):
+        assert line in names["printed"] and line in text_of("guide/checkpointing.md")
+    if flax.__version__ == "0.12.8":
+        assert "426368" in names["printed"]
+    assert names["printed"].count("True") == 2
+    # The first update moves the mean by half the way: a division by 32 and a product.
+    half = 0.5 * np.asarray(names["x"], np.float64).mean(0)
+    np.testing.assert_allclose(names["layer"].mean[...], half, atol=48 * 2.0**-24)
+
+
+def test_own_norm_is_differentiated_right():
+    names = run("guide/own_norm.md")
+    theirs = jax.grad(names["plain"], argnums=(0, 1, 2))(names["x"], names["power"], names["bias"])
+    for a, b in zip(names["gradients"], theirs, strict=True):
+        assert differ(a, b) < 1e-5 * float(abs(b).max())
+    plain_hessian = jax.hessian(names["plain"], argnums=1)(names["x"], names["power"], names["bias"])
+    assert differ(names["hessian_of_power"], plain_hessian) < 1e-4 * float(abs(plain_hessian).max())
+
+
+def test_coming_from_flax():
+    names = run("guide/coming_from.md")
+    assert differ(names["y_theirs"], names["y_ours"]) < 1e-5
+
+
+@functools.cache
+def documented():
+    """Every name that a directive of an API page documents."""
+    found = [re.findall(r"^\.\. (?:auto\w+|py:data):: ([\w.]+)(?:\(\))?$", text_of(p), re.M) for p in PAGES if p.startswith("api/")]
+    return sum(found, [])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_documented(module):
+    there = importlib.import_module(module)
+    names = [n for n in there.__all__ if not hasattr(getattr(there, n), "__path__")]
+    assert not [n for n in names if f"{module}.{n}" not in documented()]
+
+
+def test_what_is_documented_is_public_and_once():
+    public = {f"{m}.{n}" for m in MODULES for n in importlib.import_module(m).__all__}
+    assert set(documented()) <= public
+    assert len(documented()) == len(set(documented()))
+
+
+def test_every_page_is_in_the_table_of_contents():
+    tree = re.findall(r"^((?:guide|api)/\w+)$", text_of("index.md"), re.M)
+    assert sorted(f"{p}.md" for p in tree) == [p for p in PAGES if p != "index.md"]
