@@ -57,8 +57,8 @@ def distinct_axes(axes: Any, ndim: int) -> Any:
     return tuple(sorted({int(a) % ndim for a in given}))
 
 
-def feature_shape(x: jax.Array, axes: Axes, name: str) -> tuple[int, ...]:
-    return tuple(x.shape[i] for i in canonical_axes(axes, x.ndim, name))
+def feature_shape(x: jax.Array, axes: Axes, name: str, of: str = "x") -> tuple[int, ...]:
+    return tuple(x.shape[i] for i in canonical_axes(axes, x.ndim, name, of))
 
 
 def check_groups(num_groups: Any, group_size: Any) -> None:

@@ -11,19 +11,19 @@ import numpy as np
 from ..typing import Axes
 
 
-def canonical_axes(axes: Axes, ndim: int, name: str) -> tuple[int, ...]:
+def canonical_axes(axes: Axes, ndim: int, name: str, of: str = "x") -> tuple[int, ...]:
     """Axes in ascending order, none negative."""
     given = tuple(axes) if isinstance(axes, Sequence) else (axes,)
     if not all(isinstance(a, int | np.integer) for a in given):
         raise TypeError(f"{name} must be an int or a sequence of ints, got {axes!r}.")
     if not given:
-        raise ValueError(f"{name} is empty: there is no axis to use. x has {ndim} axes.")
+        raise ValueError(f"{name} is empty: there is no axis to use. {of} has {ndim} axes.")
     outside = [a for a in given if not -ndim <= a < ndim]
     if outside:
-        raise ValueError(f"{name}={axes!r} is out of range for x of {ndim} axes: {outside[0]} is not in [{-ndim}, {ndim - 1}].")
+        raise ValueError(f"{name}={axes!r} is out of range for {of} of {ndim} axes: {outside[0]} is not in [{-ndim}, {ndim - 1}].")
     positive = tuple(sorted(int(a) % ndim for a in given)) if ndim else ()
     if len(set(positive)) != len(positive):
-        raise ValueError(f"{name}={axes!r} names an axis twice; x has {ndim} axes.")
+        raise ValueError(f"{name}={axes!r} names an axis twice; {of} has {ndim} axes.")
     return positive
 
 

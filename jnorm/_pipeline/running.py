@@ -35,8 +35,8 @@ def check_momentum(momentum: Momentum, state: BatchNormState) -> None:
     if momentum is None:
         if "count" not in state:
             raise ValueError(
-                "momentum=None is the cumulative average, which needs state['count']; "
-                "make the state with batch_norm_state(..., track_count=True)."
+                "momentum=None is the cumulative average, which needs a count in the state: "
+                "batch_norm_state(..., track_count=True), or track_count=True of a module."
             )
     elif isinstance(momentum, str) or jnp.ndim(momentum) != 0:
         raise ValueError(f"momentum must be a scalar, got {momentum!r}.")

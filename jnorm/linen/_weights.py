@@ -212,7 +212,7 @@ def _scale_of(module: WeightNorm | WeightStandardization, path: str, value: jax.
     else:
         features = distinct_axes(module.feature_axes, value.ndim)
         with errors_of(module):
-            shape = feature_shape(value, features, "feature_axes")
+            shape = feature_shape(value, features, "feature_axes", of=path)
     if not module.use_scale:
         return None, features
     return module.param(f"{path}/scale", module.scale_init, shape, module.param_dtype), features

@@ -80,7 +80,7 @@ def write_state(module: nnx.Module, old: Any, new: Any) -> None:
     """Nothing where nothing moved: in evaluation the variables may be such as must not be written."""
     if new is not old:
         for key, entry in new.items():
-            getattr(module, key)[...] = entry.ravel() if entry.ndim else entry
+            getattr(module, key).set_value(entry.ravel() if entry.ndim else entry)
 
 
 def params_of(layer: nnx.Module) -> dict[Path, nnx.Param[jax.Array]]:

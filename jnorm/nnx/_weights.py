@@ -253,7 +253,7 @@ class SpectralNorm(nnx.Module):
             bar, new = spectral_norm(w, state, n_steps=self.n_steps, epsilon=self.epsilon, update_stats=update_stats, dtype=dtype)
         if new is not state:
             for key, entry in entries.items():
-                entry[...] = new[key]
+                entry.set_value(new[key])
         return bar
 
 
@@ -293,4 +293,4 @@ def _features(module: WeightNorm | WeightStandardization, value: jax.Array) -> t
         return None, ()
     features = distinct_axes(module.feature_axes, value.ndim)
     with errors_of(module):
-        return features, feature_shape(value, features, "feature_axes")
+        return features, feature_shape(value, features, "feature_axes", of="a weight")

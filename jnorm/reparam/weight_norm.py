@@ -59,7 +59,7 @@ def weight_norm(
       starts with g = ‖v‖, so that w = v at first; Flax's modules, and jnorm's, with g = 1.
     """
     v = check_x(v, name="v")
-    features = () if feature_axes is None else canonical_axes(feature_axes, v.ndim, "feature_axes")
+    features = () if feature_axes is None else canonical_axes(feature_axes, v.ndim, "feature_axes", of="v")
     layout = Layout(v.shape, others(v.ndim, features), features)
     scale = check_affine(scale, "scale", layout, v, of="v")
     view = None if scale is None else layout.feature_view(scale)

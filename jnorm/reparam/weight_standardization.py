@@ -68,7 +68,7 @@ def weight_standardization(
       Smith, 2021, https://arxiv.org/abs/2101.08692, is `correction=0, epsilon=1e-4, epsilon_mode="max", fan_in=True` with a gain.
     """
     w = check_x(w, name="w")
-    features = canonical_axes(feature_axes, w.ndim, "feature_axes")
+    features = canonical_axes(feature_axes, w.ndim, "feature_axes", of="w")
     layout = Layout(w.shape, others(w.ndim, features), features)
     if not layout.reduced:
         raise ValueError(f"w of shape {w.shape} has no axis to reduce: feature_axes={feature_axes!r} are all of them.")
