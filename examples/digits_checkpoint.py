@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from digits_apis import init_model
 from digits_data import DigitsError
-from digits_models import Architecture, Params, State, init_model
+from digits_models import Architecture, Params, State
 
 FORMAT = "jnorm digits 1"
 

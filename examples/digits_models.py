@@ -1,4 +1,4 @@
-"""The two networks as pure functions: parameters and running statistics are nested dicts of arrays, and any norm of jnorm fits in."""
+"""The two networks, and their functional style: pure functions, where parameters and running statistics are nested dicts of arrays."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ MLP_WIDTHS = (300, 100)
 CNN_WIDTHS = (16, 32)
 MOMENTUM = 0.9  # a run takes some 160 steps only: the running statistics must follow faster than with the default of 0.99
 
-Params = dict[str, Any]
-State = dict[str, Any]
+Params = Any  # in each style: dicts of arrays, or an nnx.State
+State = Any
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Architecture:
     norm: str
     num_groups: int  # of group_norm
     image_shape: tuple[int, int]
+    api: str = "functional"
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def _check_groups(arch: Architecture, layer: NormalizedLayer) -> None:
         )
 
 
-def init_model(arch: Architecture, key: jax.Array) -> tuple[Params, State]:
-    """He initialization. The kernels depend on `key` alone, so that runs with and without a norm start from the same ones."""
+def init_kernels(arch: Architecture, key: jax.Array) -> dict[str, jax.Array]:
+    """He initialization, by layer. It depends on `key` alone, so that runs with and without a norm, and in any style, start the same."""
     height, width = arch.image_shape
     if arch.model == "mlp":
         sizes = (height * width, *MLP_WIDTHS, NUM_CLASSES)
@@ -84,19 +85,21 @@ def init_model(arch: Architecture, key: jax.Array) -> tuple[Params, State]:
         first, second = CNN_WIDTHS
         flat = (height // 4) * (width // 4) * second
         shapes = {"conv1": (3, 3, 1, first), "conv2": (3, 3, first, second), "dense1": (flat, NUM_CLASSES)}
-    params: Params = {}
     keys = jax.random.split(key, len(shapes))
-    for layer_key, (name, shape) in zip(keys, shapes.items(), strict=True):
-        params[name] = {"kernel": jax.nn.initializers.he_normal()(layer_key, shape)}
-    state: State = {}
+    he_normal = jax.nn.initializers.he_normal()
+    return {name: he_normal(layer_key, shape) for layer_key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def init_model(arch: Architecture, key: jax.Array) -> tuple[Params, State]:
+    """Returns (parameters, running statistics), by layer."""
+    # One bias a layer: the norm's own where there is one, for it would take that of the dense layer or convolution away again.
+    params = {name: {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])} for name, kernel in init_kernels(arch, key).items()}
+    state = {}
     for layer in normalized_layers(arch):
         if arch.norm != "none":
             params[layer.name]["scale"] = jnp.ones(layer.width)
         if arch.norm in ("batch_norm", "tracked_instance_norm"):
             state[layer.name] = jnorm.batch_norm_state(layer.width)
-    # One bias a layer: the norm's own where there is one, for it would take that of the dense layer or convolution away again.
-    for name, shape in shapes.items():
-        params[name]["bias"] = jnp.zeros(shape[-1])
     return params, state
 
 
@@ -158,12 +161,12 @@ def _apply_norm(
             return jnorm.instance_norm(x, scale, bias), None
         case "tracked_instance_norm":
             x, new_state = jnorm.tracked_instance_norm(x, state, scale, bias, use_running_average=not train, momentum=MOMENTUM, mask=mask)
-            return x, _average_over_devices(new_state, mask, axis_name) if train else new_state
+            return x, average_over_devices(new_state, mask, axis_name) if train else new_state
     raise ValueError(f"norm must be one of {NORMS}, got {arch.norm!r}")
 
 
-def _average_over_devices(state: Any, mask: jax.Array | None, axis_name: str | None) -> Any:
-    """Weighs by counted samples: a device whose share of the last batch is all padding has nothing to say."""
+def average_over_devices(state: Any, mask: jax.Array | None, axis_name: str | None) -> Any:
+    """The mean of the devices' running statistics, weighed by counted samples: a share of the last batch may be all padding."""
     if axis_name is None:
         return state
     weight = jnp.sum(mask, dtype=jnp.float32) if mask is not None else jnp.float32(1)

@@ -12,8 +12,9 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from digits_apis import apply_model, init_model
 from digits_data import Batch, Dataset, DigitsError, batches
-from digits_models import Architecture, Params, State, apply_model, init_model
+from digits_models import Architecture, Params, State
 
 DEVICE_AXIS = "data"
 PERCENTILES = (15, 50, 85)

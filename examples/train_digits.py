@@ -2,11 +2,13 @@
 
 python examples/train_digits.py                                    # batch_norm in a small dense network
 python examples/train_digits.py --model cnn --norm group_norm
+python examples/train_digits.py --api nnx                          # in one of Flax's two styles, with the same losses
 python examples/train_digits.py --devices 4                        # data-parallel, the same losses as on one device
 python examples/train_digits.py --eval                             # the test accuracy of the checkpoint written before
 """
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from digits_apis import APIS
 from digits_checkpoint import Checkpoint, check_destination, load_checkpoint, save_checkpoint
 from digits_data import Dataset, DigitsError, load_data
 from digits_models import MODELS, NORMS, Architecture, check_architecture
@@ -41,6 +44,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train_digits.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="mlp", help="hidden layers of 300 and 100, or two convolutions (default: mlp)")
     parser.add_argument("--norm", choices=NORMS, default="batch_norm", help="default: batch_norm")
+    parser.add_argument("--api", choices=APIS, default="functional", help="pure functions, or modules of Flax (default: functional)")
     parser.add_argument("--num-groups", type=_positive_integer, help=f"the groups of group_norm (default: {DEFAULT_NUM_GROUPS})")
     parser.add_argument("--no-baseline", action="store_true", help="do not train the same network without a norm too")
     parser.add_argument("--data-dir", help="a directory with MNIST's IDX files, gzipped or not (default: scikit-learn's digits)")
@@ -52,7 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_EPOCHS} epochs, to see that everything works")
     parser.add_argument("--plot", type=Path, default=Path("digits.png"), metavar="PATH", help="default: digits.png")
     parser.add_argument("--checkpoint", type=Path, default=Path("digits-checkpoint"), metavar="DIR", help="default: digits-checkpoint")
-    parser.add_argument("--eval", action="store_true", help="test the network in --checkpoint; model, norm and data are read there")
+    parser.add_argument("--eval", action="store_true", help="test the network in --checkpoint; api, model, norm and data are read there")
     return parser.parse_args(argv)
 
 
@@ -82,7 +86,7 @@ def train_and_compare(args: argparse.Namespace) -> dict[str, Any]:
         raise DigitsError(f"--plot: {args.plot} is a directory")
     check_destination(args.checkpoint)
     data = load_data(args.data_dir)
-    arch = Architecture(args.model, args.norm, args.num_groups or DEFAULT_NUM_GROUPS, data.image_shape)
+    arch = Architecture(args.model, args.norm, args.num_groups or DEFAULT_NUM_GROUPS, data.image_shape, args.api)
     check_architecture(arch)
     epochs = args.epochs or (QUICK_EPOCHS if args.quick else DEFAULT_EPOCHS)
     learning_rate = args.learning_rate or DEFAULT_LEARNING_RATES[args.model]
@@ -90,9 +94,9 @@ def train_and_compare(args: argparse.Namespace) -> dict[str, Any]:
     make_mesh(options.devices)  # before anything is printed: the devices may not be there
 
     console = Console()
-    console.print(f"{args.model} on {_describe(data, args.data_dir)}, {args.devices} device{'s' * (args.devices > 1)}")
+    console.print(f"{args.model} ({args.api}) on {_describe(data, args.data_dir)}, {args.devices} device{'s' * (args.devices > 1)}")
     norms = [args.norm] if args.no_baseline or args.norm == "none" else [args.norm, "none"]
-    runs = {norm: train_with_progress(_with_norm(arch, norm), data, options, console) for norm in norms}
+    runs = {norm: train_with_progress(dataclasses.replace(arch, norm=norm), data, options, console) for norm in norms}
 
     run = runs[args.norm]
     data_dir = None if args.data_dir is None else str(Path(args.data_dir).resolve())
@@ -101,10 +105,6 @@ def train_and_compare(args: argparse.Namespace) -> dict[str, Any]:
     console.print(results_table(runs))
     console.print(f"plot: {args.plot}   checkpoint: {args.checkpoint}", highlight=False)
     return {"norm": args.norm, "test_accuracy": run.test_accuracies[-1], "runs": runs}
-
-
-def _with_norm(arch: Architecture, norm: str) -> Architecture:
-    return Architecture(arch.model, norm, arch.num_groups, arch.image_shape)
 
 
 def _describe(data: Dataset, data_dir: str | None) -> str:
@@ -147,7 +147,8 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     if data.image_shape != arch.image_shape:
         raise DigitsError(f"the network in {args.checkpoint} is for images of {arch.image_shape} pixels; these have {data.image_shape}")
     accuracy = make_evaluate(arch, data.test_images, data.test_labels)(checkpoint.params, checkpoint.state)
-    Console().print(f"{arch.model} with norm {arch.norm}: test accuracy {accuracy:.2%} on {len(data.test_images)} images", highlight=False)
+    network = f"{arch.model} ({arch.api}) with norm {arch.norm}"
+    Console().print(f"{network}: test accuracy {accuracy:.2%} on {len(data.test_images)} images", highlight=False)
     return {"norm": arch.norm, "test_accuracy": accuracy}
 
 
