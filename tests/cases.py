@@ -5,9 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import jnorm
+import jnorm.linen
+import jnorm.nnx
 import oracles
 
 SHAPE = (4, 3, 2, 6)
@@ -121,6 +125,16 @@ BY_NAME = {c.name: c for c in CASES}
 PLAIN = [BY_NAME[n] for n in ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "tracked_instance_norm")]
 
 
+CLASSES = {  # norm -> its class in jnorm.linen and in jnorm.nnx
+    "batch_norm": "BatchNorm",
+    "layer_norm": "LayerNorm",
+    "rms_norm": "RMSNorm",
+    "group_norm": "GroupNorm",
+    "instance_norm": "InstanceNorm",
+    "tracked_instance_norm": "TrackedInstanceNorm",
+}
+
+
 # --- inputs -----------------------------------------------------------------------------------------------------------------
 
 
@@ -166,17 +180,69 @@ def call(case, given, **options):
     return getattr(jnorm, case.norm)(given.pop("x"), given.pop("state"), **given, **options)
 
 
+def constructor_options(case):
+    """The case's options and parameters as the constructors of both classes take them. Mask and residual are for the call."""
+    options = dict(case.options)
+    if case.norm == "batch_norm" and "feature_axes" in options:
+        options["axis"] = options.pop("feature_axes")
+    if "group_size" in options:
+        options["num_groups"] = None
+    if case.state:
+        options |= {"use_running_average": case.evaluate, "track_count": case.state == "count"}
+    return options | {f"use_{name}": name in case.affine for name in ("scale", "bias")[: 1 if case.norm == "rms_norm" else 2]}
+
+
+def call_options(given):
+    return {k: given[k] for k in ("mask", "residual") if k in given}
+
+
+def linen_module(case, given, **options):
+    """-> the Linen module, and variables that hold the scale, bias and state of `given`."""
+    module = getattr(jnorm.linen, CLASSES[case.norm])(**{**constructor_options(case), **options})
+    variables = {"params": {k: given[k] for k in case.affine}} if case.affine else {}
+    return module, variables | ({"batch_stats": given["state"]} if case.state else {})
+
+
+def nnx_module(case, given, **options):
+    """The NNX module that holds the scale, bias and state of `given`. Its variables have one axis for all features."""
+    features = int(np.prod([np.shape(given["x"])[i] for i in case.features]))
+    module = getattr(jnorm.nnx, CLASSES[case.norm])(features, **{**constructor_options(case), **options}, rngs=nnx.Rngs(0))
+    for name in case.affine:
+        setattr(module, name, nnx.Param(jnp.ravel(given[name])))
+    for name, entry in given.get("state", {}).items():
+        setattr(module, name, nnx.BatchStat(jnp.reshape(entry, (features,) if np.ndim(entry) else ())))
+    return module
+
+
+def call_linen(case, given, **options):
+    """As `call`, through the Linen module; the options go to its constructor."""
+    module, variables = linen_module(case, given, **options)
+    if case.state is None:
+        return module.apply(variables, given["x"], **call_options(given)), None
+    y, updates = module.apply(variables, given["x"], **call_options(given), mutable=["batch_stats"])
+    return y, updates["batch_stats"]
+
+
+def call_nnx(case, given, **options):
+    """As `call`, through the NNX module; the options go to its constructor, and the state comes back in the shapes that it was given in."""
+    module = nnx_module(case, given, **options)
+    y = module(given["x"], **call_options(given))
+    if case.state is None:
+        return y, None
+    return y, {k: getattr(module, k)[...].reshape(np.shape(v)) for k, v in given["state"].items()}
+
+
 def split(case, given):
     """The differentiable arguments, and the others."""
     return {k: given[k] for k in case.differentiable}, {k: v for k, v in given.items() if k not in case.differentiable}
 
 
-def value_and_gradients(case, **options):
-    """A function of `inputs` -> (y, state, {argument: gradient})."""
+def value_and_gradients(case, through=call, **options):
+    """A function of `inputs` -> (y, state, {argument: gradient}). `through`: call, call_linen or call_nnx."""
 
     def run(given):
         inner, rest = split(case, given)
-        y, vjp, state = jax.vjp(lambda inner: call(case, inner | rest, **options), inner, has_aux=True)
+        y, vjp, state = jax.vjp(lambda inner: through(case, inner | rest, **options), inner, has_aux=True)
         return y, state, vjp(given["dy"])[0]
 
     return run
