@@ -179,7 +179,7 @@ class SpectralNorm(nnx.Module):
       dtype: of the weights that are used; None: what weight and state promote to.
       param_dtype: of u and sigma.
       error_on_non_matrix: refuse weights of more than two axes, in place of flattening all but the last.
-      update_stats: whether u and sigma are stored (training); what :meth:`train` and :meth:`eval` set.
+      update_stats: whether u and sigma are stored (training); what :meth:`train`, :meth:`eval` and `nnx.view` set.
       rngs: the stream "params" initializes u.
 
     Example:
@@ -236,6 +236,15 @@ class SpectralNorm(nnx.Module):
         update = not self.use_running_average if update_stats is None else update_stats
         weights = {path: self._normalized(path, w[...], update) for path, w in self._matrices()}
         return call_with_params(self.layer_instance, weights, x, **kwargs)
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `flax.nnx.view` sets.
+
+        Args:
+          use_running_average: u and sigma are not stored (evaluation).
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
     def _matrices(self) -> list[tuple[Path, nnx.Param[jax.Array]]]:
         found = [(path, w) for path, w in params_of(self.layer_instance).items() if w.ndim > 1] if self.n_steps >= 1 else []
