@@ -1,0 +1,243 @@
+"""The classes take what Flax's take, in its order and with its defaults; they take all that the functions take; and pyright sees it."""
+
+import importlib.util
+import inspect
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import flax.linen as nn
+import pytest
+from flax import nnx
+
+import jnorm
+import jnorm.linen as jnn
+import jnorm.nnx as jnx
+from cases import CLASSES
+
+APIS = {"linen": (nn, jnn), "nnx": (nnx, jnx)}
+CALL = "__call__"
+INIT = "__init__"
+LINEN_OWN = {"self", "name", "parent"}  # of every Linen module
+
+STATISTICS = "running statistics as batch_norm has them"
+ACTIVATION = "the fused activation"
+OF_FUNCTION = "an option of the function that Flax's class lacks"
+ADDED = {  # (api, class, method) -> what ours takes after Flax's parameters, and why
+    ("linen", "BatchNorm", INIT): {
+        "update_running": STATISTICS,
+        "track_count": "a variable more, for cumulative averages",
+        "running_var_correction": STATISTICS,
+        "activation": ACTIVATION,
+    },
+    ("linen", "BatchNorm", CALL): {
+        "update_running": "a step may hold the statistics still",
+        "momentum": "may be traced: a schedule",
+        "residual": "the fused addition",
+    },
+    ("linen", "GroupNorm", INIT): {"feature_axes": OF_FUNCTION, "activation": ACTIVATION},
+    ("linen", "InstanceNorm", INIT): {"reduction_axes": OF_FUNCTION, "activation": ACTIVATION},
+    ("nnx", "SpectralNorm", CALL): {"kwargs": "of the layer; Flax's cannot be given any"},
+}
+ADDED |= {("nnx", name, method): why for (api, name, method), why in list(ADDED.items()) if api == "linen"}
+SHARED = [
+    (api, name, method) for api, (theirs, _) in APIS.items() for name in jnn.__all__ if hasattr(theirs, name) for method in (INIT, CALL)
+]
+
+
+def parameters(cls, method=INIT):
+    """Of the class's own function: the metaclass of NNX hides the signature of the class."""
+    found = inspect.signature(getattr(cls, method)).parameters.values()
+    return [p for p in found if p.name not in (LINEN_OWN if method == INIT else {"self"})]
+
+
+def plain(default):
+    """Defaults that compare by value: metadata and filters do not."""
+    if isinstance(default, types.MappingProxyType):
+        return dict(default)
+    return repr(default) if isinstance(default, nnx.PathContains) else default
+
+
+def of(p):
+    """What must be the same of a parameter."""
+    return p.name, p.kind, plain(p.default)
+
+
+@pytest.mark.parametrize(("api", "name", "method"), SHARED)
+def test_flax_parameters_come_first(api, name, method):
+    """Named parameters in Flax's order, kinds and defaults; then ours. NNX's are keywords, so that `**kwargs` stays the last."""
+    theirs, ours = (parameters(getattr(module, name), method) for module in APIS[api])
+    assert [of(p) for p in ours[: len(theirs)]] == [of(p) for p in theirs]
+    added = ADDED.get((api, name, method), {})
+    assert [p.name for p in ours[len(theirs) :]] == list(added)
+    assert all(added.values())
+
+
+@pytest.mark.parametrize("name", [n for n in jnn.__all__ if hasattr(nn, n)])
+def test_default_factories_of_linen_are_flax(name):
+    """Such as `variable_filter`, which a signature shows as a factory only."""
+    factories = [
+        {f.name: f.default_factory() for f in vars(getattr(module, name))["__dataclass_fields__"].values() if callable(f.default_factory)}
+        for module in (jnn, nn)
+    ]
+    assert factories[0] == factories[1]
+
+
+def test_all_of_flax_norms_are_there():
+    """A class that Flax adds would show here."""
+    for theirs, ours in APIS.values():
+        assert {n for n in dir(theirs) if n.endswith("Norm")} <= set(ours.__all__)
+
+
+# --- functions, Linen, NNX ----------------------------------------------------------------------------------------------------
+
+FUNCTIONS = {cls: getattr(jnorm, norm) for norm, cls in CLASSES.items()}
+FUNCTIONS |= {
+    "WeightNorm": jnorm.reparam.weight_norm,
+    "SpectralNorm": jnorm.reparam.spectral_norm,
+    "WeightStandardization": jnorm.reparam.weight_standardization,
+}
+RENAMED = {("BatchNorm", "feature_axes"): "axis"}  # Flax's name
+OTHER_DEFAULT = {  # (api, class, option) -> why it is not the function's
+    ("linen", "BatchNorm", "use_running_average"): "None: Flax has it said, in the constructor or in the call",
+    ("linen", "TrackedInstanceNorm", "use_running_average"): "as BatchNorm",
+    ("linen", "GroupNorm", "num_groups"): "32 is Flax's",
+    ("nnx", "GroupNorm", "num_groups"): "32 is Flax's",
+    ("linen", "SpectralNorm", "update_stats"): "Flax has it said in each call",
+}
+FOR_NNX = {  # what only NNX has: its modules are made before x is seen, with keys, and promote by a function
+    "num_features": "before x is seen",
+    "rngs": "keys of the initializers",
+    "promote_dtype": "Flax's hook",
+    "bias_metadata": "of the variable",
+    "scale_metadata": "of the variable",
+}
+ONLY_LINEN = {
+    "force_float32_reductions": "Flax's NNX classes do not have it",
+    "collection_name": "NNX has variable types in place of collections",
+    "args": "NNX's layers have a first argument, x",
+}
+
+
+def defaults(cls):
+    """Of what is given to the constructor or to the call. The constructor's default is what counts where both take one."""
+    return {p.name: plain(p.default) for method in (CALL, INIT) for p in parameters(cls, method)}
+
+
+def options_of(function):
+    found = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("name", jnn.__all__)
+def test_every_option_of_the_function_is_one_of_the_class(name, api):
+    taken = defaults(getattr(APIS[api][1], name))
+    for option, default in options_of(FUNCTIONS[name]).items():
+        there = RENAMED.get((name, option), option)
+        assert there in taken, option
+        if (api, name, option) in OTHER_DEFAULT:
+            assert taken[there] != default, f"{option} need not be listed"
+        else:
+            assert taken[there] == default, option
+
+
+@pytest.mark.parametrize("name", jnn.__all__)
+def test_linen_and_nnx_take_the_same(name):
+    linen, other = (defaults(getattr(ours, name)) for _, ours in APIS.values())
+    assert set(linen) - set(other) <= set(ONLY_LINEN)
+    more = set(other) - set(linen) - set(FOR_NNX)
+    # a Linen wrapper has x among *args
+    assert more <= ({"x"} if "args" in linen else set())
+    differing = {k for k in set(linen) & set(other) if linen[k] != other[k]} - {"variable_filter"}
+    # an NNX module is told by train() and eval(), and starts as training
+    assert differing <= {"use_running_average", "update_stats"}
+
+
+def test_no_entry_of_the_tables_is_stale():
+    for (api, name, option), why in OTHER_DEFAULT.items():
+        assert why and option in options_of(FUNCTIONS[name]) and api in APIS
+    everything = [defaults(getattr(ours, n)) for _, ours in APIS.values() for n in ours.__all__]
+    for option in (*FOR_NNX, *ONLY_LINEN):
+        assert any(option in d for d in everything), option
+
+
+@pytest.mark.parametrize("name", jnx.__all__)
+def test_constructors_of_nnx_are_called_by_keyword(name):
+    """All but what the module is made for; for groups Flax has two more."""
+    positional = [p.name for p in parameters(getattr(jnx, name)) if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert positional in (["num_features"], ["num_features", "num_groups", "group_size"], ["layer_instance"])
+
+
+# --- pyright ------------------------------------------------------------------------------------------------------------------
+
+TYPED = """
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jnorm import linen as jnn
+from jnorm import nnx as jnx
+
+x = jnp.ones((2, 4, 4, 8))
+key, rngs = jax.random.key(0), nnx.Rngs(0)
+
+bn = jnn.BatchNorm(use_running_average=False, axis=(-1, 1), momentum=None, track_count=True, dtype=jnp.bfloat16, activation="relu")
+variables = bn.init(key, x)
+y = bn.apply(variables, x, mask=x > 0, momentum=jnp.array(0.9), mutable=["batch_stats"])
+jnn.LayerNorm(1e-5, reduction_axes=(1, 2), feature_axes=[-1], name="norm")
+jnn.RMSNorm(use_scale=False, scale_init=nn.initializers.ones)
+jnn.GroupNorm(num_groups=None, group_size=2, activation=jnp.tanh)
+jnn.InstanceNorm(axis_name="batch", axis_index_groups=[[0, 1], [2, 3]])
+jnn.TrackedInstanceNorm(running_var_correction=1)
+jnn.WeightNorm(nn.Dense(2), feature_axes=None, variable_filter=None)
+jnn.SpectralNorm(nn.Conv(2, (3, 3)), n_steps=2)
+jnn.WeightStandardization(nn.Conv(2, (3, 3)), epsilon_mode="max", fan_in=True)
+jnn.BatchNorm(momentun=0.9)  # error
+jnn.BatchNorm(momentum="0.9")  # error
+jnn.LayerNorm(use_bias=3)  # error
+jnn.RMSNorm(use_bias=False)  # error
+jnn.GroupNorm(num_groups=2.5)  # error
+jnn.InstanceNorm(reduction_axes="hw")  # error
+jnn.WeightStandardization(nn.Dense(2), epsilon_mode="middle")  # error
+jnn.SpectralNorm()  # error
+
+layer = jnx.BatchNorm(8, use_running_average=None, axis=-1, momentum=None, track_count=True, activation="relu", rngs=rngs)
+z: jax.Array = layer(x, use_running_average=True, mask=None, residual=x, update_running=False)
+layer.eval()
+jnx.LayerNorm(8, reduction_axes=(1, 2), rngs=rngs)(x, mask=x > 0)
+jnx.RMSNorm(8, use_scale=False, rngs=rngs)(x, None)
+jnx.GroupNorm(8, None, 2, activation=jnp.tanh, rngs=rngs)
+jnx.InstanceNorm(8, axis_name=("a", "b"), rngs=rngs)
+jnx.TrackedInstanceNorm(8, running_var_correction=1, rngs=rngs)
+jnx.WeightNorm(nnx.Linear(2, 2, rngs=rngs), feature_axes=None, rngs=rngs)(x)
+jnx.SpectralNorm(nnx.Linear(2, 2, rngs=rngs), update_stats=False, rngs=rngs)(x, update_stats=True)
+jnx.WeightStandardization(nnx.Linear(2, 2, rngs=rngs), epsilon_mode="inside", rngs=rngs)(x)
+jnx.BatchNorm(8)  # error
+jnx.BatchNorm(8, momentun=0.9, rngs=rngs)  # error
+jnx.LayerNorm("8", rngs=rngs)  # error
+jnx.RMSNorm(8, use_bias=False, rngs=rngs)  # error
+jnx.GroupNorm(8, num_groups="4", rngs=rngs)  # error
+jnx.WeightNorm(nnx.Linear(2, 2, rngs=rngs), scale=1.0, rngs=rngs)  # error
+layer(x, masks=None)  # error
+layer(x, train=True)  # error
+jnx.SpectralNorm(nnx.Linear(2, 2, rngs=rngs), epsilon="1e-12", rngs=rngs)  # error
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyright") is None, reason="pyright is not installed")
+def test_pyright_sees_what_the_classes_take(tmp_path):
+    (tmp_path / "use.py").write_text(TYPED)
+    # what pyright would take from a project file; the package is found where this test found it
+    settings = {"typeCheckingMode": "standard", "extraPaths": [str(pathlib.Path(jnorm.__file__).parents[1])]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.startswith("{"), done.stderr[-500:]
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    wrong = {d["range"]["start"]["line"] for d in found if d["severity"] == "error"}
+    lines = TYPED.splitlines()
+    assert {lines[i] for i in wrong} == {line for line in lines if line.endswith("# error")}
