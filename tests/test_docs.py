@@ -9,9 +9,13 @@ import textwrap
 from pathlib import Path
 
 import flax
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import jnorm
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md") if "_build" not in p.relative_to(DOCS).parts)
@@ -113,6 +117,32 @@ def test_checkpointing_prints_what_the_page_says():
     # The first update moves the mean by half the way: a division by 32 and a product.
     half = 0.5 * np.asarray(names["x"], np.float64).mean(0)
     np.testing.assert_allclose(names["layer"].mean[...], half, atol=48 * 2.0**-24)
+
+
+def kept_rows():
+    """What the rows of the table measure: a function of jnorm and one of Flax, of x, scale and bias (RMS norm has no bias)."""
+
+    def flax(layer, x, *affine):
+        return layer.apply({"params": dict(zip(("scale", "bias"), affine, strict=False))}, x)
+
+    return {
+        "layer norm": (jnorm.layer_norm, functools.partial(flax, nn.LayerNorm())),
+        "RMS norm": (jnorm.rms_norm, functools.partial(flax, nn.RMSNorm())),
+        "group norm, 4 groups": (functools.partial(jnorm.group_norm, num_groups=4), functools.partial(flax, nn.GroupNorm(num_groups=4))),
+        "instance norm": (jnorm.instance_norm, functools.partial(flax, nn.InstanceNorm())),
+    }
+
+
+@pytest.mark.parametrize("row", kept_rows())
+def test_checkpointing_table(row):
+    cells = re.search(rf"^\| {row} \| ([\d,]+) \| ([\d,]+) \|$", text_of("guide/checkpointing.md"), re.M).groups()
+    printed = [int(cell.replace(",", "")) for cell in cells]
+    x = jnp.ones((32, 64, 16), jnp.bfloat16)
+    affine = [jnp.ones(16), jnp.zeros(16)][: 1 if row == "RMS norm" else 2]
+    with jax.numpy_dtype_promotion("standard"):  # for Flax
+        ours, theirs = (run("guide/checkpointing.md")["kept"](f, x, *affine) for f in kept_rows()[row])
+    assert ours == printed[0]
+    assert theirs == printed[1] or flax.__version__ != "0.12.8"
 
 
 def test_own_norm_is_differentiated_right():

@@ -148,8 +148,8 @@ def normalize(
 ) -> tuple[jax.Array, Stats]:
     r"""Normalize x by any map of its statistics: the unit that every norm of jnorm is made of, for norms of your own.
 
-    .. math:: y = \text{act}\left((x - \text{center} - \text{shift})\cdot\text{mul} + \text{add} + \text{residual}\right),
-              \qquad (\text{shift}, \text{mul}, \text{add}) = \text{map}(\text{stats}, \text{aux})
+    .. math:: y &= \text{act}\left((x - \text{center} - \text{shift})\cdot\text{mul} + \text{add} + \text{residual}\right) \\
+              (\text{shift}, \text{mul}, \text{add}) &= \text{map}(\text{stats}, \text{aux})
 
     Args:
       x: floating, any shape.
