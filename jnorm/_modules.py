@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._pipeline.arguments import check_flag
 from ._pipeline.axes import canonical_axes
 from ._stats import stats_dtype
 from .typing import Axes, BatchNormState
@@ -75,6 +76,19 @@ def check_keeps_batch(reduction_axes: Axes | None, features: Axes, ndim: int) ->
         raise ValueError(
             f"feature_axes={features!r} include the leading axis, which is the batch; say with reduction_axes what is reduced."
         )
+
+
+def takes_statistics(use_running_average: Any, update_running: Any) -> bool:
+    """Whether a norm with running statistics looks at those of x."""
+    return not check_flag(use_running_average, "use_running_average") or bool(
+        update_running is not None and check_flag(update_running, "update_running")
+    )
+
+
+def merged_axes(module: Any, merges: bool) -> dict[str, Any]:
+    """The module's named axis as arguments of a function; where nothing is merged, none: as in Flax, the axis need not exist there."""
+    named = merges or module.axis_name is None
+    return {"axis_name": module.axis_name if named else None, "axis_index_groups": module.axis_index_groups if named else None}
 
 
 @contextlib.contextmanager

@@ -6,11 +6,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .._modules import check_keeps_batch, distinct_axes, feature_shape, floating, result_dtype, state_dtype, state_for, state_keys
+from .._modules import (
+    check_keeps_batch,
+    distinct_axes,
+    feature_shape,
+    floating,
+    merged_axes,
+    result_dtype,
+    state_dtype,
+    state_for,
+    state_keys,
+    takes_statistics,
+)
 from .._norms.batch_norm import batch_norm, batch_norm_state
 from .._norms.tracked_instance_norm import tracked_instance_norm
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum
-from ._variables import Initializer, StateVariables, axis_name, bias_param, errors_of, scale_param
+from ._variables import Initializer, StateVariables, bias_param, errors_of, scale_param
 
 
 @final
@@ -31,7 +42,7 @@ class BatchNorm(nn.Module):
       use_scale: multiply by a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      axis_name: named axis or axes of `pmap`, `shard_map` or `vmap` to merge statistics over, by count.
+      axis_name: named axis or axes of `pmap`, `shard_map` or `vmap` to merge statistics over, by count; not needed in evaluation.
       axis_index_groups: groups of equal size within that axis.
       use_fast_variance: accepted; the variance is the stable one either way.
       force_float32_reductions: sums are in at least float32 either way. False: running statistics in `param_dtype`, where that is
@@ -205,17 +216,17 @@ def _shared_arguments(
     state = state_for(x, variables.read())
     shape = state["mean"].shape
     scale, bias = scale_param(module, shape), bias_param(module, shape)
+    evaluates = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
     update_running = module.update_running if update_running is None else update_running
     return {
         "state": state,
         "scale": scale,
         "bias": bias,
-        "use_running_average": nn.merge_param("use_running_average", module.use_running_average, use_running_average),
+        **merged_axes(module, takes_statistics(evaluates, update_running) and not module.is_initializing()),
+        "use_running_average": evaluates,
         "update_running": False if module.is_initializing() else update_running,
         "momentum": module.momentum if momentum is None else momentum,
         "epsilon": module.epsilon,
-        "axis_name": axis_name(module),
-        "axis_index_groups": module.axis_index_groups,
         "running_var_correction": module.running_var_correction,
         "activation": module.activation,
         "dtype": result_dtype(x, scale, bias, dtype=module.dtype),

@@ -6,12 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .._modules import check_groups, check_keeps_batch, distinct_axes, feature_shape, floating, result_dtype
+from .._modules import check_groups, check_keeps_batch, distinct_axes, feature_shape, floating, merged_axes, result_dtype
 from .._norms.group_norm import group_norm
 from .._norms.instance_norm import instance_norm
 from .._norms.layer_norm import layer_norm, rms_norm
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask
-from ._variables import Initializer, axis_name, bias_param, errors_of, scale_param
+from ._variables import Initializer, bias_param, errors_of, scale_param
 
 
 @final
@@ -74,8 +74,7 @@ class LayerNorm(nn.Module):
                 feature_axes=features,
                 epsilon=self.epsilon,
                 mask=mask,
-                axis_name=axis_name(self),
-                axis_index_groups=self.axis_index_groups,
+                **merged_axes(self, not self.is_initializing()),
                 dtype=result_dtype(x, scale, bias, dtype=self.dtype),
             )
 
@@ -131,8 +130,7 @@ class RMSNorm(nn.Module):
                 feature_axes=features,
                 epsilon=self.epsilon,
                 mask=mask,
-                axis_name=axis_name(self),
-                axis_index_groups=self.axis_index_groups,
+                **merged_axes(self, not self.is_initializing()),
                 dtype=result_dtype(x, scale, dtype=self.dtype),
             )
 
@@ -203,8 +201,7 @@ class GroupNorm(nn.Module):
                 feature_axes=self.feature_axes,
                 epsilon=self.epsilon,
                 mask=mask,
-                axis_name=axis_name(self),
-                axis_index_groups=self.axis_index_groups,
+                **merged_axes(self, not self.is_initializing()),
                 activation=self.activation,
                 dtype=result_dtype(x, scale, bias, dtype=self.dtype),
             )
@@ -271,8 +268,7 @@ class InstanceNorm(nn.Module):
                 feature_axes=features,
                 epsilon=self.epsilon,
                 mask=mask,
-                axis_name=axis_name(self),
-                axis_index_groups=self.axis_index_groups,
+                **merged_axes(self, not self.is_initializing()),
                 activation=self.activation,
                 dtype=result_dtype(x, scale, bias, dtype=self.dtype),
             )

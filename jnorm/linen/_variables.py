@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 
 from .._modules import errors_in
-from ..typing import AxisName
 
 Initializer = Callable[..., Any]
 
@@ -29,11 +28,6 @@ def scale_param(module: Any, shape: tuple[int, ...]) -> jax.Array | None:
 
 def bias_param(module: Any, shape: tuple[int, ...]) -> jax.Array | None:
     return module.param("bias", module.bias_init, shape, module.param_dtype) if module.use_bias else None
-
-
-def axis_name(module: Any) -> AxisName | None:
-    """None in initialization, which runs outside of the mapped axis."""
-    return None if module.is_initializing() else module.axis_name
 
 
 class StateVariables:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .._modules import distinct_axes, feature_shape, result_dtype, state_keys
+from .._modules import distinct_axes, errors_in, feature_shape, result_dtype, state_keys
 from ..reparam.spectral_norm import spectral_norm, spectral_norm_state
 from ..reparam.weight_norm import weight_norm
 from ..reparam.weight_standardization import EpsilonMode, weight_standardization
@@ -57,7 +57,7 @@ class WeightNorm(nn.Module):
 
         def normalized(path: str, v: jax.Array) -> jax.Array:
             scale, features = _scale_of(self, path, v)
-            with errors_of(self):
+            with errors_of(self), errors_in(lambda: path):
                 return weight_norm(v, scale, feature_axes=features, epsilon=self.epsilon, dtype=result_dtype(v, scale, dtype=self.dtype))
 
         return call_with_params(self, self.layer_instance, _filtered(self.variable_filter, normalized), args, kwargs)
@@ -109,7 +109,7 @@ class WeightStandardization(nn.Module):
 
         def standardized(path: str, w: jax.Array) -> jax.Array:
             scale, features = _scale_of(self, path, w)
-            with errors_of(self):
+            with errors_of(self), errors_in(lambda: path):
                 return weight_standardization(
                     w,
                     scale,
@@ -174,9 +174,9 @@ class SpectralNorm(nn.Module):
         def normalized(path: str, w: jax.Array) -> jax.Array:
             if w.ndim < 2 or self.n_steps < 1:
                 return w
-            with errors_of(self):
+            with errors_of(self), errors_in(lambda: path):
                 if w.ndim > 2 and self.error_on_non_matrix:
-                    raise ValueError(f"{path} has {w.ndim} axes, and error_on_non_matrix is True.")
+                    raise ValueError(f"a weight of {w.ndim} axes is no matrix, and error_on_non_matrix is True.")
                 variables = self._state_variables(path, w.shape[-1])
                 state = variables.read()
                 bar, new = spectral_norm(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._modules import check_keeps_batch, distinct_axes, floating, state_for, state_keys
+from .._modules import check_keeps_batch, distinct_axes, floating, merged_axes, state_for, state_keys, takes_statistics
 from .._norms.batch_norm import batch_norm, batch_norm_state
 from .._norms.tracked_instance_norm import tracked_instance_norm
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum
@@ -47,7 +47,7 @@ class BatchNorm(nnx.Module):
       use_scale: multiply by a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
-      axis_name: named axis or axes of `pmap`, `shard_map` or `vmap` to merge statistics over, by count.
+      axis_name: named axis or axes of `pmap`, `shard_map` or `vmap` to merge statistics over, by count; not needed in evaluation.
       axis_index_groups: groups of equal size within that axis.
       use_fast_variance: accepted; the variance is the stable one either way.
       promote_dtype: a function as `flax.nnx.nn.dtypes.promote_dtype`: it fixes y's dtype, never what is reduced.
@@ -313,21 +313,22 @@ def _shared_arguments(
     name = type(module).__name__
     state = read_state(module, state_keys(BatchNormState, module.track_count), shape)
     scale, bias = value(module.scale, shape), value(module.bias, shape)
+    evaluates = nnx.module.first_from(
+        use_running_average,
+        module.use_running_average,
+        error_msg=f"No `use_running_average` argument was provided to {name}: "
+        "pass it to the constructor or to the call, or set it with train(), eval() or nnx.view.",
+    )
+    update_running = module.update_running if update_running is None else update_running
     return {
         "state": state_for(x, state),
         "scale": scale,
         "bias": bias,
-        "use_running_average": nnx.module.first_from(
-            use_running_average,
-            module.use_running_average,
-            error_msg=f"No `use_running_average` argument was provided to {name}: "
-            "pass it to the constructor or to the call, or set it with train(), eval() or nnx.view.",
-        ),
-        "update_running": module.update_running if update_running is None else update_running,
+        **merged_axes(module, takes_statistics(evaluates, update_running)),
+        "use_running_average": evaluates,
+        "update_running": update_running,
         "momentum": module.momentum if momentum is None else momentum,
         "epsilon": module.epsilon,
-        "axis_name": module.axis_name,
-        "axis_index_groups": module.axis_index_groups,
         "running_var_correction": module.running_var_correction,
         "activation": module.activation,
         "dtype": y_dtype(module, x, (state["mean"], state["var"]), (scale, bias)),

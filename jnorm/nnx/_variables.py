@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 
@@ -39,6 +40,8 @@ def static(axes: Any) -> Any:
 
 def affine_param(use: bool, init: Initializer, features: int, dtype: Any, rngs: nnx.Rngs, metadata: Metadata) -> Any:
     """A parameter, or None as data, so that one may be put there later."""
+    if not isinstance(features, int | np.integer) or features < 0:
+        raise ValueError(f"num_features must be an int of at least 0, got {features!r}.")
     return nnx.Param(init(rngs.params(), (features,), dtype), **metadata) if use else nnx.data(None)
 
 

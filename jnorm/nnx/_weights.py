@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._modules import distinct_axes, feature_shape, result_dtype, state_keys
+from .._modules import distinct_axes, errors_in, feature_shape, result_dtype, state_keys
 from ..reparam.spectral_norm import spectral_norm
 from ..reparam.weight_norm import weight_norm
 from ..reparam.weight_standardization import EpsilonMode, weight_standardization
@@ -76,7 +76,7 @@ class WeightNorm(nnx.Module):
         """The layer's output, with normalized weights."""
         weights = {}
         for path, v, scale, features in _weights(self):
-            with errors_of(self):
+            with errors_of(self), errors_in(lambda path=path: _text(path)):
                 dtype = y_dtype(self, v, affine=(scale,))
                 weights[path] = weight_norm(v, scale, feature_axes=features, epsilon=self.epsilon, dtype=dtype)
         return call_with_params(self.layer_instance, weights, x, *args, **kwargs)
@@ -151,7 +151,7 @@ class WeightStandardization(nnx.Module):
         """The layer's output, with standardized weights."""
         weights = {}
         for path, w, scale, features in _weights(self):
-            with errors_of(self):
+            with errors_of(self), errors_in(lambda path=path: _text(path)):
                 weights[path] = weight_standardization(
                     w,
                     scale,
@@ -250,12 +250,12 @@ class SpectralNorm(nnx.Module):
         found = [(path, w) for path, w in params_of(self.layer_instance).items() if w.ndim > 1] if self.n_steps >= 1 else []
         for path, w in found:
             if w.ndim > 2 and self.error_on_non_matrix:
-                with errors_of(self):
-                    raise ValueError(f"{'/'.join(map(str, path))} has {w.ndim} axes, and error_on_non_matrix is True.")
+                with errors_of(self), errors_in(lambda path=path: _text(path)):
+                    raise ValueError(f"a weight of {w.ndim} axes is no matrix, and error_on_non_matrix is True.")
         return found
 
     def _normalized(self, path: Path, w: jax.Array, update_stats: bool) -> jax.Array:
-        with errors_of(self):
+        with errors_of(self), errors_in(lambda: _text(path)):
             entries = {key: _entry(self.batch_stats, (*path, key)) for key in state_keys(SpectralNormState)}
             state: Any = {key: entry[...] for key, entry in entries.items()}
             dtype = result_dtype(w, *state.values(), dtype=self.dtype)
@@ -269,7 +269,7 @@ class SpectralNorm(nnx.Module):
 def _entry(entries: dict[Path, Any], path: Path) -> Any:
     if path not in entries:
         raise ValueError(
-            f"there is no entry {path} in {sorted(entries)}: the layer's parameters must be those that it had at construction."
+            f"nothing was made for it at construction, only {sorted(entries)}; the layer's parameters must be those that it had then."
         )
     return entries[path]
 
@@ -281,7 +281,7 @@ def _scales(module: WeightNorm | WeightStandardization, rngs: nnx.Rngs) -> Any:
     scales = {}
     for path, param in params_of(module.layer_instance).items():
         if module.variable_filter(path, param):
-            _, shape = _features(module, param[...])
+            _, shape = _features(module, path, param[...])
             scales[path] = nnx.Param(module.scale_init(key_of(rngs, path), shape, module.param_dtype))
     return nnx.data(scales)
 
@@ -291,15 +291,19 @@ def _weights(module: WeightNorm | WeightStandardization) -> list[tuple[Path, jax
     found = []
     for path, param in params_of(module.layer_instance).items():
         if module.variable_filter(path, param):
-            with errors_of(module):
+            with errors_of(module), errors_in(lambda path=path: _text(path)):
                 scale = None if module.scales is None else _entry(module.scales, path)[...]
-            found.append((path, param[...], scale, _features(module, param[...])[0]))
+            found.append((path, param[...], scale, _features(module, path, param[...])[0]))
     return found
 
 
-def _features(module: WeightNorm | WeightStandardization, value: jax.Array) -> tuple[Any, tuple[int, ...]]:
+def _text(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def _features(module: WeightNorm | WeightStandardization, path: Path, value: jax.Array) -> tuple[Any, tuple[int, ...]]:
     if module.feature_axes is None:
         return None, ()
     features = distinct_axes(module.feature_axes, value.ndim)
     with errors_of(module):
-        return features, feature_shape(value, features, "feature_axes", of="a weight")
+        return features, feature_shape(value, features, "feature_axes", of=_text(path))
