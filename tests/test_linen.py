@@ -102,12 +102,16 @@ def test_init_needs_no_axis_and_has_no_collective(name):
     assert not any(collective in program for collective in COLLECTIVES)
 
 
-@pytest.mark.parametrize("name", [n for n in NORMS if n != "BatchNorm"])
+@pytest.mark.parametrize("name", NORMS)
 def test_after_init_the_axis_is_needed(name):
-    if name == "TrackedInstanceNorm":
-        pytest.skip("its statistics are merged over the batch, which no axis may split")
-    with pytest.raises(ValueError, match="unbound"):
-        NORMS[name].apply(initialized(name), X)
+    with pytest.raises(ValueError, match="'unbound' is not bound"):
+        NORMS[name].apply(initialized(name), X, mutable=STATS)
+
+
+@each_norm
+def test_init_needs_no_groups_of_the_axis(case):
+    variables = module_of(case, axis_name="unbound", axis_index_groups=[[0, 1], [2, 3]]).init(KEY, X)
+    equal(variables["params"], initialized(CLASSES[case.norm])["params"])
 
 
 @pytest.mark.parametrize("name", ["BatchNorm", "TrackedInstanceNorm", "BatchNorm with a count"])

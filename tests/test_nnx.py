@@ -146,7 +146,7 @@ def test_vmap_is_an_ensemble(case):
         check(case, given, y[i], member(ensemble, i))
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=lambda c: c.name)
+@each_norm
 def test_an_ensemble_is_made_under_vmap(case):
     """Each member draws its own parameters."""
     inits = {f"{k}_init": nnx.initializers.normal() for k in case.affine}
