@@ -46,7 +46,7 @@ def check_flag(value: Any, name: str) -> bool:
     """A static switch: what it chooses is compiled."""
     if isinstance(value, Tracer):
         raise TypeError(f"{name} is static and must be a Python bool; mark it so in jax.jit, with static_argnames.")
-    if not isinstance(value, int | np.bool_):
+    if not isinstance(value, int | np.bool_) or value not in (0, 1):
         raise TypeError(f"{name} must be a bool, got {value!r}.")
     return bool(value)
 

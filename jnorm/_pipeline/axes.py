@@ -18,10 +18,12 @@ def canonical_axes(axes: Axes, ndim: int, name: str, of: str = "x") -> tuple[int
         raise TypeError(f"{name} must be an int or a sequence of ints, got {axes!r}.")
     if not given:
         raise ValueError(f"{name} is empty: there is no axis to use. {of} has {ndim} axes.")
+    if not ndim:
+        raise ValueError(f"{name}={axes!r} is out of range: {of} is a scalar, without an axis.")
     outside = [a for a in given if not -ndim <= a < ndim]
     if outside:
         raise ValueError(f"{name}={axes!r} is out of range for {of} of {ndim} axes: {outside[0]} is not in [{-ndim}, {ndim - 1}].")
-    positive = tuple(sorted(int(a) % ndim for a in given)) if ndim else ()
+    positive = tuple(sorted(int(a) % ndim for a in given))
     if len(set(positive)) != len(positive):
         raise ValueError(f"{name}={axes!r} names an axis twice; {of} has {ndim} axes.")
     return positive

@@ -23,12 +23,16 @@ NO_METADATA: Metadata = MappingProxyType({})
 promote_dtype: PromoteDtype = dtypes.promote_dtype
 
 
-def errors_of(module: Any) -> AbstractContextManager[None]:
-    """Refusals say which class, and of how many features: an NNX module does not know where in the model it is."""
+def text_of(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def errors_of(module: Any, path: Path = ()) -> AbstractContextManager[None]:
+    """Refusals say which class, of how many features (an NNX module does not know where in the model it is), and which weight of it."""
 
     def where() -> str:
         name, features = type(module).__name__, getattr(module, "num_features", None)
-        return name if features is None else f"{name}(num_features={features})"
+        return ": ".join([name if features is None else f"{name}(num_features={features})", *([text_of(path)] if path else [])])
 
     return errors_in(where)
 
@@ -92,8 +96,7 @@ def params_of(layer: nnx.Module) -> dict[Path, nnx.Param[jax.Array]]:
 
 def key_of(rngs: nnx.Rngs, path: Path) -> jax.Array:
     """A key for one more parameter that leaves the stream where it is: the layers that are made next start as they do with Flax's class."""
-    text = "/".join(map(str, path))
-    return jax.random.fold_in(rngs["params"].key[...], int.from_bytes(text.encode(), "big") % (2**31 - 1))
+    return jax.random.fold_in(rngs["params"].key[...], int.from_bytes(text_of(path).encode(), "big") % (2**31 - 1))
 
 
 def with_params(layer: nnx.Module, values: Mapping[Path, jax.Array]) -> nnx.Module:

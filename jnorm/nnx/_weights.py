@@ -6,12 +6,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._modules import distinct_axes, errors_in, feature_shape, result_dtype, state_keys
+from .._modules import distinct_axes, feature_shape, result_dtype, state_keys
 from ..reparam.spectral_norm import spectral_norm
 from ..reparam.weight_norm import weight_norm
 from ..reparam.weight_standardization import EpsilonMode, weight_standardization
 from ..typing import Axes, SpectralNormState
-from ._variables import Initializer, Path, PromoteDtype, call_with_params, errors_of, key_of, params_of, promote_dtype, static, y_dtype
+from ._variables import (
+    Initializer,
+    Path,
+    PromoteDtype,
+    call_with_params,
+    errors_of,
+    key_of,
+    params_of,
+    promote_dtype,
+    static,
+    text_of,
+    y_dtype,
+)
 
 
 @final
@@ -76,7 +88,7 @@ class WeightNorm(nnx.Module):
         """The layer's output, with normalized weights."""
         weights = {}
         for path, v, scale, features in _weights(self):
-            with errors_of(self), errors_in(lambda path=path: _text(path)):
+            with errors_of(self, path):
                 dtype = y_dtype(self, v, affine=(scale,))
                 weights[path] = weight_norm(v, scale, feature_axes=features, epsilon=self.epsilon, dtype=dtype)
         return call_with_params(self.layer_instance, weights, x, *args, **kwargs)
@@ -151,7 +163,7 @@ class WeightStandardization(nnx.Module):
         """The layer's output, with standardized weights."""
         weights = {}
         for path, w, scale, features in _weights(self):
-            with errors_of(self), errors_in(lambda path=path: _text(path)):
+            with errors_of(self, path):
                 weights[path] = weight_standardization(
                     w,
                     scale,
@@ -250,12 +262,12 @@ class SpectralNorm(nnx.Module):
         found = [(path, w) for path, w in params_of(self.layer_instance).items() if w.ndim > 1] if self.n_steps >= 1 else []
         for path, w in found:
             if w.ndim > 2 and self.error_on_non_matrix:
-                with errors_of(self), errors_in(lambda path=path: _text(path)):
+                with errors_of(self, path):
                     raise ValueError(f"a weight of {w.ndim} axes is no matrix, and error_on_non_matrix is True.")
         return found
 
     def _normalized(self, path: Path, w: jax.Array, update_stats: bool) -> jax.Array:
-        with errors_of(self), errors_in(lambda: _text(path)):
+        with errors_of(self, path):
             entries = {key: _entry(self.batch_stats, (*path, key)) for key in state_keys(SpectralNormState)}
             state: Any = {key: entry[...] for key, entry in entries.items()}
             dtype = result_dtype(w, *state.values(), dtype=self.dtype)
@@ -291,14 +303,10 @@ def _weights(module: WeightNorm | WeightStandardization) -> list[tuple[Path, jax
     found = []
     for path, param in params_of(module.layer_instance).items():
         if module.variable_filter(path, param):
-            with errors_of(module), errors_in(lambda path=path: _text(path)):
+            with errors_of(module, path):
                 scale = None if module.scales is None else _entry(module.scales, path)[...]
             found.append((path, param[...], scale, _features(module, path, param[...])[0]))
     return found
-
-
-def _text(path: Path) -> str:
-    return "/".join(map(str, path))
 
 
 def _features(module: WeightNorm | WeightStandardization, path: Path, value: jax.Array) -> tuple[Any, tuple[int, ...]]:
@@ -306,4 +314,4 @@ def _features(module: WeightNorm | WeightStandardization, path: Path, value: jax
         return None, ()
     features = distinct_axes(module.feature_axes, value.ndim)
     with errors_of(module):
-        return features, feature_shape(value, features, "feature_axes", of=_text(path))
+        return features, feature_shape(value, features, "feature_axes", of=text_of(path))
