@@ -104,7 +104,7 @@ def train_and_compare(args: argparse.Namespace) -> dict[str, Any]:
     plot_runs(runs, f"{args.model} on {_describe(data, args.data_dir)}", args.plot)
     console.print(results_table(runs))
     console.print(f"plot: {args.plot}   checkpoint: {args.checkpoint}", highlight=False)
-    return {"norm": args.norm, "test_accuracy": run.test_accuracies[-1], "runs": runs}
+    return {"api": args.api, "norm": args.norm, "test_accuracy": run.test_accuracies[-1], "runs": runs}
 
 
 def _describe(data: Dataset, data_dir: str | None) -> str:
@@ -149,7 +149,7 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     accuracy = make_evaluate(arch, data.test_images, data.test_labels)(checkpoint.params, checkpoint.state)
     network = f"{arch.model} ({arch.api}) with norm {arch.norm}"
     Console().print(f"{network}: test accuracy {accuracy:.2%} on {len(data.test_images)} images", highlight=False)
-    return {"norm": arch.norm, "test_accuracy": accuracy}
+    return {"api": arch.api, "norm": arch.norm, "test_accuracy": accuracy}
 
 
 if __name__ == "__main__":
