@@ -222,7 +222,38 @@ def test_activation_that_is_nothing_of_the_kind():
         batch_norm(activation=3)
 
 
+@STATEFUL
+@pytest.mark.parametrize("option", ["use_running_average", "update_running"])
+@pytest.mark.parametrize("value", ["yes", 2, 0.0])
+def test_switches_are_bools(norm, option, value):
+    """Or 0 and 1, Python's or NumPy's."""
+    with refuses(option, "bool", repr(value), kind=TypeError):
+        norm(X, STATE, **{option: value})
+    for good in (True, 0, 1, np.bool_(True)):
+        norm(X, STATE, **{option: good})
+
+
+@each_norm
+def test_scalar_input(norm):
+    with refuses("out of range", "x is a scalar"):
+        norm(np.float32(1))
+
+
 # --- at trace time ----------------------------------------------------------------------------------------------------------
+
+
+@STATEFUL
+@pytest.mark.parametrize("option", ["use_running_average", "update_running"])
+def test_traced_switches(norm, option):
+    """What they choose is compiled."""
+    with refuses(option, "static", "static_argnames", kind=TypeError):
+        jax.jit(lambda train: norm(X, STATE, **{option: train}))(True)
+
+
+@each_norm
+def test_traced_epsilon(norm):
+    with refuses("epsilon", "static", "static_argnames", kind=TypeError):
+        jax.jit(lambda epsilon: norm(X, epsilon=epsilon))(1e-5)
 
 
 def test_errors_come_when_traced():
