@@ -130,20 +130,24 @@ train_digits() {
   test -s "$out/digits.png"
 }
 
-# train_digits_norm MODEL NORM DEVICES: a short run, or the refusal where the norm has no axis to reduce in that model.
+# train_digits_norm API MODEL NORM DEVICES: a short run, or the refusal where the norm has no axis to reduce in that model.
 train_digits_norm() {
-  local arguments=(--quick --no-baseline --model "$1" --norm "$2" --devices "$3")
-  case "$1 $2" in
+  local arguments=(--quick --no-baseline --api "$1" --model "$2" --norm "$3" --devices "$4")
+  case "$2 $3" in
     "mlp instance_norm" | "mlp tracked_instance_norm")
       if digits --plot "$out/refused.png" "${arguments[@]}" 2>"$out/refused.txt"; then
         echo "train_digits.py accepted a norm that has no axis to reduce" >&2
         return 1
       fi
       cat "$out/refused.txt"
-      grep -q -- "error: --norm $2 reduces" "$out/refused.txt"
+      grep -q -- "error: --norm $3 reduces" "$out/refused.txt"
       ;;
     *) train_digits "${arguments[@]}" ;;
   esac
+}
+
+digits_apis() {
+  PYTHONPATH=examples "$tools/python" -c 'from digits_apis import APIS; print(*APIS)'
 }
 
 digits_norms() {
