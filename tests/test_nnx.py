@@ -710,3 +710,25 @@ def test_partitioned_kernel_and_scale(rng):
             assert specs.get(("scales", ("kernel",)), P("model")) == P("model")
             before = values(module)
             check_wrapped(name, before, x, nnx.jit(call)(module, x), values(module))
+
+
+@each_wrapper
+def test_what_a_wrapped_layer_makes_stays_with_it(name, rng):
+    """A variable that the first call makes, and the second one changes."""
+
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.dense = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            if not hasattr(self, "calls"):
+                self.calls = nnx.BatchStat(jnp.zeros(()))
+            self.calls[...] += 1
+            return self.dense(x)
+
+    x = rng.normal(size=(5, 4)).astype(np.float32)
+    module = randomized(wrapped(name, Counting()), rng)
+    for number in (1, 2):
+        before = values(module)
+        check_wrapped(name, before, x, nnx.jit(call)(module, x), values(module), at=("dense",))
+        assert module.layer_instance.calls[...] == number
