@@ -13,7 +13,9 @@ rm -rf "$out"
 mkdir -p "$out"
 
 torch=$(sed -n 's/^torch = \["\(.*\)"\]$/\1/p' pyproject.toml)
-oldest_jax=$(sed -n 's/^dependencies = .*"jax>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+oldest_of() { sed -n "s/^dependencies = .*\"$1>=\([0-9.]*\)\".*/\1/p" pyproject.toml; }
+oldest_jax=$(oldest_of jax)
+oldest_flax=$(oldest_of flax)
 
 current="setting up"
 trap 'run_ended $?' EXIT
@@ -107,15 +109,15 @@ sys.exit(not cases or bool(skipped))
 PYTHON
 }
 
-# install_oldest EXTRAS: with the lower bound of jax in pyproject.toml.
+# install_oldest EXTRAS: with the lower bounds of jax and flax in pyproject.toml.
 install_oldest() {
-  stage "virtual environment with the oldest supported JAX, $oldest_jax"
-  fresh_venv .ci/venv-oldest "jax==$oldest_jax" "jaxlib==$oldest_jax" -e ".[$1]"
+  stage "virtual environment with the oldest supported JAX, $oldest_jax, and Flax, $oldest_flax"
+  fresh_venv .ci/venv-oldest "jax==$oldest_jax" "jaxlib==$oldest_jax" "flax==$oldest_flax" -e ".[$1]"
 }
 
 # oldest_tests PYTEST_ARGUMENT...
 oldest_tests() {
-  stage "tests with the oldest supported JAX, $oldest_jax"
+  stage "tests with the oldest supported JAX, $oldest_jax, and Flax, $oldest_flax"
   show_and_run "$oldest/python" -m pytest -n auto -q -rs --durations=15 "--junitxml=$out/oldest.xml" "$@"
 }
 
