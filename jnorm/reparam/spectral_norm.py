@@ -58,7 +58,7 @@ def spectral_norm(
 
     Returns:
       w / sigma of w's shape (w itself where sigma is 0), and the state: the same shapes and dtypes; the object that was given where
-      `update_stats` is False.
+      `update_stats` is False. Where sigma is 0, u stays, so that a weight that starts at 0 is normalized once it moves.
 
     Raises:
       ValueError: w with fewer than two axes; a state of other keys or shapes; `n_steps` below 1.
@@ -95,10 +95,13 @@ def spectral_norm(
         lax.stop_gradient(matrix), lax.stop_gradient(jnp.asarray(state["u"])).astype(wide), n_steps, check_epsilon(epsilon)
     )
     sigma = _product(_product(v, matrix), u.T)[0, 0]
-    normalized = (w.astype(wide) / jnp.where(sigma != 0, sigma, 1)).astype(check_dtype(dtype, w))
+    usable = sigma != 0
+    # The derivative of a quotient has the divisor's square, which is out of range for huge weights: that of 1 is not.
+    constant = lax.stop_gradient(jnp.where(usable, sigma, 1))
+    normalized = (w.astype(wide) / constant / jnp.where(usable, sigma / constant, 1)).astype(check_dtype(dtype, w))
     if not check_flag(update_stats, "update_stats"):
         return normalized, state
-    new = {"u": u, "sigma": lax.stop_gradient(sigma)}
+    new = {"u": jnp.where(usable, u, jnp.asarray(state["u"]).astype(wide)), "sigma": lax.stop_gradient(sigma)}
     return normalized, SpectralNormState(**{k: a.astype(jnp.result_type(state[k])) for k, a in new.items()})
 
 

@@ -43,7 +43,8 @@ def weight_norm(
 
     Numerics:
       Sums in at least float32, and right up to the largest finite v: they are taken of v times a power of two. Kept for the backward
-      pass: v and a few numbers per feature. The gradient of v is orthogonal to v where epsilon is negligible.
+      pass: v and a few numbers per feature. The gradient of v is orthogonal to v where epsilon is negligible. With `epsilon=0` v below
+      about 1e-15 is lost, as its squares are.
 
     Distributed:
       Nothing is merged over named axes; under jit a sharded v is reduced over its shards.
