@@ -208,6 +208,77 @@ def running_update(state, m, momentum):
     return new | ({"count": np.float64(new_count)} if "count" in state else {})
 
 
+# --- weights ----------------------------------------------------------------------------------------------------------------
+
+
+def along(values, ids):
+    """Sums per set, at each element."""
+    return total(values, ids)[ids]
+
+
+def weight_norm(v, dw, features, scale=None, epsilon=1e-12):
+    """-> w = g·v/L with L² = Σv² + epsilon, dv = g·(dw − v·Σ(dw·v)/L²)/L and dscale = Σ dw·v/L. `features` are ascending."""
+    v, dw = wide(v), wide(dw)
+    ids = sets(v.shape, dict.fromkeys(features, 1))
+    g = np.ones([1] * v.ndim) if scale is None else spread_features(scale, features, v.ndim)
+    length = np.sqrt(along(v**2, ids) + epsilon)
+    n = v / np.where(length > 0, length, 1)
+    inverse = 1 / np.where(length > 0, length, 1)
+    dv = g * inverse * (dw - n * along(dw * n, ids))
+    dv_size = abs(g) * inverse * (abs(dw) + abs(n) * along(abs(dw * n), ids))
+    dscale = None if scale is None else _parameter(dw * n, abs(dw * n), features)
+    return Bounded(g * n, abs(g * n)), Bounded(dv, dv_size), dscale
+
+
+def weight_standardization(w, dy, features, scale=None, correction=1, epsilon=1e-5, mode="outside", fan_in=False):
+    """-> g·c/D with c = w − mean, its derivative dw = (h − mean h)/D − c·2k·D'·Σ(h·c)/D², and dscale = Σ dy·c/D; h = g·dy.
+
+    The variance is k·Σc² with k = 1/max(n − correction, 1), times n for `fan_in`; D' is the derivative of D by it.
+    """
+    w, dy = wide(w), wide(dy)
+    ids = sets(w.shape, dict.fromkeys(features, 1))
+    g = np.ones([1] * w.ndim) if scale is None else spread_features(scale, features, w.ndim)
+    n = w.size / (ids.max() + 1)
+    k = (n if fan_in else 1) / max(n - correction, 1)
+    c = w - along(w, ids) / n
+    c = c - along(c, ids) / n
+    var = k * along(c**2, ids)
+    spread = abs(c) + np.sqrt(along(c**2, ids) / n)  # the mean is wrong by a few eps of the standard deviation
+    root = np.sqrt(var)
+    d = {"outside": root + epsilon, "inside": np.sqrt(var + epsilon), "max": np.sqrt(np.maximum(var, epsilon))}[mode]
+    slope = 0.5 / np.where(var > 0, {"outside": root, "inside": d, "max": np.where(var > epsilon, d, np.inf)}[mode], np.inf)
+    h = g * dy
+    dw = (h - along(h, ids) / n) / d - c * 2 * k * slope * along(h * c, ids) / d**2
+    dw_size = (abs(h) + along(abs(h), ids) / n) / d + spread * 2 * k * slope * along(abs(h) * spread, ids) / d**2
+    dscale = None if scale is None else _parameter(dy * c / d, abs(dy) * spread / d, features)
+    return Bounded(g * c / d, abs(g) * spread / d), Bounded(dw, dw_size), dscale
+
+
+def _unit(a, size, epsilon):
+    """a divided by its length, and the size of that: `size` is what the terms of a are added up from, errors of their factors included."""
+    length = np.sqrt((a**2).sum() + epsilon)
+    unit = a / length
+    return unit, (size + abs(unit) * (abs(unit) * size).sum()) / length
+
+
+def spectral_norm(w, dy, u, n_steps=1, epsilon=1e-12):
+    """-> W/σ, dW = (G − ⟨G, W/σ⟩·vᵀu)/σ, and the state's u and σ."""
+    w, dy, u = wide(w), wide(dy), wide(u)
+    matrix, g = w.reshape(-1, w.shape[-1]), dy.reshape(-1, w.shape[-1])
+    u_size = np.zeros_like(u)
+    for _ in range(n_steps):
+        v, v_size = _unit(u @ matrix.T, (abs(u) + u_size) @ abs(matrix).T, epsilon)
+        u, u_size = _unit(v @ matrix, (abs(v) + v_size) @ abs(matrix), epsilon)
+    sigma = (v @ matrix @ u.T)[0, 0]
+    sigma_size = ((abs(v) + v_size) @ abs(matrix) @ (abs(u) + u_size).T)[0, 0]
+    wrong = 1 + sigma_size / abs(sigma)
+    bar = matrix / sigma
+    dw = (g - (g * bar).sum() * v.T @ u) / sigma
+    dw_size = (abs(g) + abs(g * bar).sum() * (abs(v) + v_size).T @ (abs(u) + u_size)) / abs(sigma) * wrong
+    state = {"u": Bounded(u, u_size), "sigma": Bounded(sigma, sigma_size)}
+    return Bounded(w / sigma, abs(w / sigma) * wrong), Bounded(dw.reshape(w.shape), dw_size.reshape(w.shape)), state
+
+
 # --- comparison -------------------------------------------------------------------------------------------------------------
 
 
