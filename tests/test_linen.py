@@ -15,7 +15,7 @@ import oracles
 import weights
 from cases import BY_NAME, PLAIN, replace
 from jnorm import linen as jnn
-from weights import WRAPPERS
+from weights import WRAPPERS, every_other
 
 CLASSES = {
     "batch_norm": "BatchNorm",
@@ -408,6 +408,11 @@ def wrapped(name, layer, **options):
     return getattr(jnn, name)(layer, **OPTIONS.get(name, {}), **options)
 
 
+def init(module, *args, **options):
+    """Compiled as a whole, which is quicker than operation by operation."""
+    return jax.jit(lambda: module.init(KEY, *args, **options))()
+
+
 def wrapper_call(name, update=True):
     return {"update_stats": update} if name == "SpectralNorm" else {}
 
@@ -437,14 +442,12 @@ def size_of(want, kernel):
     return oracles.Bounded(np.asarray(want), np.full(np.shape(want), max(np.linalg.norm(kernel), 1) ** 2))
 
 
-@each_wrapper
-@pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("jitted", [True, False])
+@pytest.mark.parametrize(("name", "inner", "jitted"), every_other(WRAPPERS, INNER, [True, False]))
 def test_wrapped_layers(name, inner, jitted, rng):
     layer, shape = INNER[inner]
     x = rng.normal(size=shape).astype(np.float32)
     module, call = wrapped(name, layer), wrapper_call(name)
-    variables = randomized(module.init(KEY, x, **call), rng)
+    variables = randomized(init(module, x, **call), rng)
     run = lambda v, x: module.apply(v, x, **call, mutable=STATS)  # noqa: E731
     y, updates = (jax.jit(run) if jitted else run)(variables, x)
     check_wrapped(name, variables, x, y, updates)
@@ -456,7 +459,7 @@ def test_what_is_wrapped_is_never_written(name, rng):
     """Also where everything is mutable."""
     x = rng.normal(size=(5, 4)).astype(np.float32)
     module = wrapped(name, nn.Dense(3))
-    variables = randomized(module.init(KEY, x, **wrapper_call(name)), rng)
+    variables = randomized(init(module, x, **wrapper_call(name)), rng)
     _, updates = module.apply(variables, x, **wrapper_call(name), mutable=True)
     equal(updates["params"], variables["params"])
     stored = jax.tree.map(np.asarray, module.init(KEY, x, **wrapper_call(name)))["params"]["layer_instance"]
@@ -470,7 +473,7 @@ def test_gradients_of_a_wrapped_layer_under_remat(name, rng, x64):
     x = rng.normal(size=(5, 4))
     call = wrapper_call(name, False)
     plain = wrapped(name, nn.Dense(3))
-    variables = doubled(randomized(plain.init(KEY, np.float32(x), **call), rng))
+    variables = doubled(randomized(init(plain, np.float32(x), **call), rng))
 
     def gradients(layer):
         """A loss that remat may run twice."""
@@ -482,7 +485,7 @@ def test_gradients_of_a_wrapped_layer_under_remat(name, rng, x64):
 
         return jax.grad(loss, (0, 1))(variables["params"], x)
 
-    want = gradients(nn.Dense(3))
+    want = jax.jit(lambda: gradients(nn.Dense(3)))()
     assert all(abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want))
     close(jax.jit(lambda: gradients(None))(), want)
     close(jax.jit(lambda: gradients(nn.remat(nn.Dense)(3)))(), want)
@@ -506,29 +509,27 @@ def as_a_wrapper_has_them(name, variables):
     return own
 
 
-@each_wrapper
-@pytest.mark.parametrize("transform", [nn.jit, nn.remat])
+@pytest.mark.parametrize(("name", "transform"), every_other(WRAPPERS, [nn.jit, nn.remat]))
 def test_wrapped_layers_transformed(name, transform, rng):
     x = rng.normal(size=(5, 4)).astype(np.float32)
     module = transform(WrappedLayer)(name)
-    variables = randomized(module.init(KEY, x), rng)
+    variables = randomized(init(module, x), rng)
     (_, (_, y)), updates = module.apply(variables, x, mutable=STATS)
     own = as_a_wrapper_has_them(name, variables)
     check_wrapped(name, own, x, y, as_a_wrapper_has_them(name, {"params": variables["params"], **updates}))
 
 
-@each_wrapper
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("name", "shared"), every_other(WRAPPERS, [False, True]))
 def test_scan_over_wrapped_layers(name, shared, rng):
     """Stacked, or one layer that is used three times: then its power iteration goes on from step to step."""
     x = rng.normal(size=(5, 4)).astype(np.float32)
     if shared:
         axes = {"variable_broadcast": "params", "variable_carry": "batch_stats", "split_rngs": {"params": False}}
-        variables = WrappedLayer(name).init(KEY, x)
+        variables = init(WrappedLayer(name), x)
     else:
         axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
     stack = nn.scan(WrappedLayer, length=3, **axes)(name)
-    variables = randomized(variables if shared else stack.init(KEY, x, None), rng)
+    variables = randomized(variables if shared else init(stack, x, None), rng)
     (_, (xs, ys)), updates = jax.jit(lambda v, x: stack.apply(v, x, None, mutable=STATS))(variables, x)
     now = as_a_wrapper_has_them(name, variables)
     moved = as_a_wrapper_has_them(name, {"params": variables["params"], **updates})
@@ -553,7 +554,7 @@ def test_vmap_over_wrapped_layers(name, rng):
     x = rng.normal(size=(5, 4)).astype(np.float32)
     axes = {"params": 0, "batch_stats": 0}
     module = nn.vmap(WrappedLayer, in_axes=None, variable_axes=axes, split_rngs={"params": True}, axis_size=2)(name)
-    variables = randomized(module.init(KEY, x), rng)
+    variables = randomized(init(module, x), rng)
     (_, (_, ys)), updates = jax.jit(lambda v, x: module.apply(v, x, mutable=STATS))(variables, x)
     own = as_a_wrapper_has_them(name, variables)
     moved = as_a_wrapper_has_them(name, {"params": variables["params"], **updates})
@@ -635,7 +636,7 @@ def test_sequential(rng, x64):
     x = rng.normal(size=(6, 4))
     links = [jnn.WeightNorm(nn.Dense(3)), jnn.LayerNorm(), jnp.sin, jnn.BatchNorm(False), jnn.WeightStandardization(nn.Dense(2))]
     chain = nn.Sequential(links)
-    variables = doubled(randomized(chain.init(KEY, np.float32(x)), rng))
+    variables = doubled(randomized(init(chain, np.float32(x)), rng))
     variables["batch_stats"] = jax.tree.map(abs, variables["batch_stats"])
     y, updates = jax.jit(lambda v, x: chain.apply(v, x, mutable=STATS))(variables, x)
     h = x
@@ -662,7 +663,7 @@ def test_a_wrapper_used_twice(name, rng):
             return h, self.layer(h, **wrapper_call(name))
 
     x = rng.normal(size=(5, 4)).astype(np.float32)
-    variables = randomized(Twice().init(KEY, x), rng)
+    variables = randomized(init(Twice(), x), rng)
     (h, y), updates = jax.jit(lambda v, x: Twice().apply(v, x, mutable=STATS))(variables, x)
     own = {c: tree["layer"] for c, tree in variables.items()}
     check_wrapped(name, own, x, h, after(name, own))
@@ -682,7 +683,7 @@ def test_a_layer_wrapped_and_used_as_it_is(name, rng):
             return before, wrapped(name, layer)(x, **wrapper_call(name)), layer(x)
 
     x = rng.normal(size=(5, 4)).astype(np.float32)
-    variables = randomized(Tied().init(KEY, x), rng)
+    variables = randomized(init(Tied(), x), rng)
     (before, _, behind), _ = Tied().apply(variables, x, mutable=STATS)
     want = nn.Dense(3).apply({"params": variables["params"]["tied"]}, x)
     np.testing.assert_array_equal(before, want)

@@ -15,6 +15,7 @@ from distributed import MODES, mesh_of
 from jnorm import linen as jnn
 from jnorm import nnx as jnx
 from test_collectives import auto_program, collectives, kinds, sharded_program
+from weights import every_other
 
 SHAPE = (16, 3, 2, 6)
 CLASSES = {
@@ -89,8 +90,7 @@ def test_batch_norm(api, mode, rng):
     check(case, given, *MODES[mode](value_and_gradients(api, case, axis_name="d"), given))
 
 
-@pytest.mark.parametrize(("api", "mode"), [("linen", "shard_map"), ("nnx", "shard_map unchecked")])
-@pytest.mark.parametrize("name", ["batch_norm_relu_residual", "batch_norm_counted"])
+@pytest.mark.parametrize(("name", "api", "mode"), every_other(["batch_norm_relu_residual", "batch_norm_counted"], APIS, MODES)[::3])
 def test_batch_norm_with_more(name, api, mode, rng):
     case, given = whole_batch(name, rng)
     check(case, given, *MODES[mode](value_and_gradients(api, case, axis_name="d"), given))
@@ -117,10 +117,16 @@ def test_what_takes_statistics_needs_the_axis(api, flags):
         APIS[api](case, cases.inputs(case), axis_name="nowhere", **flags)
 
 
+def by_turns(names, apis):
+    """Each name with one API in the default run; check_vma on and off in turns."""
+    rows = [(name, api, i % 4 < 2, (i + j) % 2) for i, name in enumerate(names) for j, api in enumerate(apis)]
+    return [pytest.param(*row, marks=[pytest.mark.slow] if slow else []) for *row, slow in rows]
+
+
 SPLIT = ["group_norm", "instance_norm", "layer_norm_samples", "rms_norm_mask", "tracked_instance_norm"]
 
 
-@pytest.mark.parametrize(("name", "api", "check_vma"), [(n, a, (i + j) % 2 == 0) for i, n in enumerate(SPLIT) for j, a in enumerate(APIS)])
+@pytest.mark.parametrize(("name", "api", "check_vma"), by_turns(SPLIT, APIS))
 def test_positions_over_devices(name, api, check_vma, rng):
     """Norms of a sample, with the sample spread over the devices."""
     case = replace(BY_NAME[name], shape=(2, 16, 2, 6))
@@ -131,8 +137,7 @@ def test_positions_over_devices(name, api, check_vma, rng):
     check(case, given, *distributed.by_shard_map(local, given, check_vma=check_vma, spec=P(None, "d")))
 
 
-@each_api
-@pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "group_norm", "tracked_instance_norm"])
+@pytest.mark.parametrize(("name", "api"), every_other(["batch_norm", "layer_norm", "group_norm", "tracked_instance_norm"], APIS))
 def test_jit_over_sharded_arrays(name, api, rng):
     """No axis name: the statistics are global, with one mask row per sample."""
     case, given = whole_batch(name, rng)

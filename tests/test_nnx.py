@@ -17,7 +17,7 @@ import oracles
 import weights
 from cases import BY_NAME, PLAIN, replace
 from jnorm import nnx as jnx
-from weights import WRAPPERS
+from weights import WRAPPERS, every_other
 
 CLASSES = {
     "batch_norm": "BatchNorm",
@@ -114,8 +114,7 @@ def check_gradients(case, given, gradients):
     cases.check_gradients(case, given, {k: np.asarray(params[k][...]) for k in case.affine} | {"x": dx})
 
 
-@each_norm
-@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize(("case", "graph"), every_other(PLAIN, [True, False]))
 def test_value_and_grad(case, graph):
     """Under jit, in graph mode and in tree mode."""
     given = cases.inputs(case)
@@ -447,9 +446,7 @@ def check_wrapped(name, before, x, y, after, at=()):
     equal({path: after[path] for path in parameters}, {path: before[path] for path in parameters})
 
 
-@each_wrapper
-@pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("how", ["eager", "jit", "remat", "tree mode"])
+@pytest.mark.parametrize(("name", "inner", "how"), every_other(WRAPPERS, INNER, ["eager", "jit", "remat", "tree mode"]))
 def test_wrapped_layers(name, inner, how, rng):
     make, shape = INNER[inner]
     x = rng.normal(size=shape).astype(np.float32)
@@ -472,8 +469,7 @@ def test_wrapped_layers_compile_once(name, rng, compilations):
     check_wrapped(name, before, x, y, values(module))
 
 
-@each_wrapper
-@pytest.mark.parametrize("how", ["scan", "vmap"])
+@pytest.mark.parametrize(("name", "how"), every_other(WRAPPERS, ["scan", "vmap"]))
 def test_stacks_of_wrapped_layers(name, how, rng):
     x = rng.normal(size=(5, 4)).astype(np.float32)
     stack = stack_of([linear(rng, name, features=4) for _ in range(3)])
@@ -559,8 +555,7 @@ class WithNorm(nnx.Module):
         return self.dropout(self.norm(h))
 
 
-@each_wrapper
-@pytest.mark.parametrize("how", ["eager", "jit", "remat", "evaluation"])
+@pytest.mark.parametrize(("name", "how"), every_other(WRAPPERS, ["eager", "jit", "remat", "evaluation"]))
 def test_a_wrapped_module_with_statistics(name, how, rng):
     """The layer inside updates its own, once; its keys advance, once; what it sows is captured."""
     x = rng.normal(size=(5, 4)).astype(np.float32)

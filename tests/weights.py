@@ -1,10 +1,20 @@
 """The weights that the wrappers use, and what a layer makes of them, in float64 NumPy from the formulas."""
 
+import itertools
+
 import numpy as np
+import pytest
 
 from oracles import Bounded, wide
 
 WRAPPERS = ("WeightNorm", "SpectralNorm", "WeightStandardization")
+
+
+def every_other(*lists):
+    """All combinations; every second one, in a checkerboard, in the default run."""
+    rows = itertools.product(*(enumerate(values) for values in lists))
+    slow = pytest.mark.slow
+    return [pytest.param(*(v for _, v in row), marks=[slow] if sum(i for i, _ in row) % 2 else []) for row in rows]
 
 
 def normalized(name, kernel, scale=None, u=None):
