@@ -91,9 +91,8 @@ def spectral_norm(
     _check_state(state, w.shape[-1])
     wide = stats_dtype(w.dtype)
     matrix = w.astype(wide).reshape(-1, w.shape[-1])
-    u, v = _power_iteration(
-        lax.stop_gradient(matrix), lax.stop_gradient(jnp.asarray(state["u"])).astype(wide), n_steps, check_epsilon(epsilon)
-    )
+    stored = lax.stop_gradient(jnp.asarray(state["u"])).astype(wide)
+    u, v = _power_iteration(lax.stop_gradient(matrix), stored, n_steps, check_epsilon(epsilon))
     sigma = _product(_product(v, matrix), u.T)[0, 0]
     usable = sigma != 0
     # The derivative of a quotient has the divisor's square, which is out of range for huge weights: that of 1 is not.
@@ -101,7 +100,7 @@ def spectral_norm(
     normalized = (w.astype(wide) / constant / jnp.where(usable, sigma / constant, 1)).astype(check_dtype(dtype, w))
     if not check_flag(update_stats, "update_stats"):
         return normalized, state
-    new = {"u": jnp.where(usable, u, jnp.asarray(state["u"]).astype(wide)), "sigma": lax.stop_gradient(sigma)}
+    new = {"u": jnp.where(usable, u, stored), "sigma": lax.stop_gradient(sigma)}
     return normalized, SpectralNormState(**{k: a.astype(jnp.result_type(state[k])) for k, a in new.items()})
 
 
