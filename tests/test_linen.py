@@ -611,14 +611,25 @@ def test_a_wrapped_module_with_statistics(name, train, rng):
 
 @each_wrapper
 def test_a_partitioned_kernel(name, rng):
-    """In its box the kernel is normalized, and the boxes stay what they are."""
+    """In its box the kernel is normalized, and the boxes stay what they are; out of it, it has the same name."""
     x = rng.normal(size=(5, 4)).astype(np.float32)
     plain, call = wrapped(name, nn.Dense(3)), wrapper_call(name, False)
     boxed = wrapped(name, nn.Dense(3, kernel_init=partitioned(nn.initializers.lecun_normal(), None, "model")))
     variables = boxed.init(KEY, x, **call)
     assert nn.get_partition_spec(variables)["params"]["layer_instance"]["kernel"] == P(None, "model")
-    bare = {c: {k.replace("/value", ""): v for k, v in tree.items()} for c, tree in nn.unbox(variables).items()}
-    np.testing.assert_array_equal(boxed.apply(variables, x, **call), plain.apply(bare, x, **call))
+    np.testing.assert_array_equal(boxed.apply(variables, x, **call), plain.apply(nn.unbox(variables), x, **call))
+
+
+def test_a_checkpoint_of_flax_with_a_partitioned_kernel(rng):
+    """Flax names the scale after the inside of the box."""
+    x = rng.normal(size=(5, 4)).astype(np.float32)
+    kernel_init = partitioned(nn.initializers.lecun_normal(), None, "model")
+    theirs = nn.WeightNorm(nn.Dense(3, kernel_init=kernel_init), scale_init=nn.initializers.constant(2.0))
+    variables = theirs.init(KEY, x)
+    assert "layer_instance/kernel/value/scale" in variables["params"]
+    y = jnn.WeightNorm(nn.Dense(3, kernel_init=kernel_init)).apply(variables, x)
+    renamed = {k.replace("/value", ""): v for k, v in nn.unbox(variables)["params"].items()}
+    check_wrapped("WeightNorm", {"params": renamed}, x, y, {})
 
 
 def test_a_partitioned_scale(rng):

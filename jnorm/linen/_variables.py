@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import meta
 
 from .._modules import errors_in
 
@@ -20,6 +21,10 @@ def errors_of(module: nn.Module) -> AbstractContextManager[None]:
         return f"{name} at {path}" if path else name
 
     return errors_in(where)
+
+
+def is_box(value: Any) -> bool:
+    return isinstance(value, meta.AxisMetadata)
 
 
 def scale_param(module: Any, shape: tuple[int, ...]) -> jax.Array | None:
@@ -60,8 +65,10 @@ def call_with_params(module: nn.Module, layer: Any, change: Callable[[str, jax.A
 
     def changed(collections: Any) -> Any:
         def one(path: Any, value: Any) -> Any:
-            return change(f"{layer.name}/{jax.tree_util.keystr(path[1:], simple=True, separator='/')}", value)
+            name = f"{layer.name}/{jax.tree_util.keystr(path[1:], simple=True, separator='/')}"
+            # A box of metadata, such as nn.Partitioned, stays around the parameter and is no part of its name.
+            return value.replace_boxed(change(name, value.unbox())) if is_box(value) else change(name, value)
 
-        return jax.tree_util.tree_map_with_path(one, collections)
+        return jax.tree_util.tree_map_with_path(one, collections, is_leaf=is_box)
 
     return nn.map_variables(lambda inner: inner(*args, **kwargs), "params", changed)(layer)

@@ -215,4 +215,6 @@ def _scale_of(module: WeightNorm | WeightStandardization, path: str, value: jax.
             shape = feature_shape(value, features, "feature_axes", of=path)
     if not module.use_scale:
         return None, features
-    return module.param(f"{path}/scale", module.scale_init, shape, module.param_dtype), features
+    # Flax's name for a parameter in a box, which an old checkpoint may have.
+    name = f"{path}/value/scale" if module.has_variable("params", f"{path}/value/scale") else f"{path}/scale"
+    return module.param(name, module.scale_init, shape, module.param_dtype), features

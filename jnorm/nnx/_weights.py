@@ -31,7 +31,7 @@ class WeightNorm(nnx.Module):
     """Weight normalization of a layer's kernels: :func:`jnorm.reparam.weight_norm`, in place of `flax.nnx.WeightNorm`.
 
     The layer keeps its parameters, the directions, and they are never written; `scales` holds an `nnx.Param`, the length, for each, by its
-    path in the layer.
+    path in the layer. Other variables that the layer writes in its call are written; plain attributes that it sets on itself are not kept.
 
     Args:
       layer_instance: the layer.
@@ -99,7 +99,7 @@ class WeightStandardization(nnx.Module):
     """Weight standardization of a layer's kernels: :func:`jnorm.reparam.weight_standardization`.
 
     The layer keeps its parameters, and they are never written; with `use_scale`, `scales` holds an `nnx.Param`, the gain, for each, by its
-    path in the layer.
+    path in the layer. Other variables and plain attributes: as in :class:`WeightNorm`.
 
     Args:
       layer_instance: the layer.
@@ -182,7 +182,7 @@ class SpectralNorm(nnx.Module):
     """Spectral normalization of a layer's weights: :func:`jnorm.reparam.spectral_norm`, in place of `flax.nnx.SpectralNorm`.
 
     The layer keeps its parameters, and they are never written; `batch_stats` holds "u" and "sigma" of each that has two axes or more, by
-    its path in the layer.
+    its path in the layer. Other variables and plain attributes: as in :class:`WeightNorm`.
 
     Args:
       layer_instance: the layer.
