@@ -1,0 +1,301 @@
+"""Models that differ in one import: a network trained with Flax's norms goes on with jnorm's, from its checkpoint, and the other way.
+
+In float64, where only the definition of the norms could make losses differ.
+"""
+
+import functools
+import logging
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from flax_grid import MODULES, lenient
+
+WIDTHS, CLASSES = (4, 8, 8, 16), 3
+KINDS = ["resnet", "transformer"]
+STEPS = 5
+# About 20 norms one after another, each with sums of up to 512 terms, in 10 steps; Flax's variance cancels about 10 times.
+TOLERANCE = 20 * 512 * 10 * 10 * 2**-52
+WIDE = {"param_dtype": jnp.float64}
+
+
+@pytest.fixture(autouse=True)
+def _float64(x64):
+    yield
+
+
+def data(kind):
+    rng = np.random.default_rng(0)
+    shape = (8, 8, 8, 3) if kind == "resnet" else (8, 5, 8)
+    return rng.normal(size=shape) + 0.5, rng.integers(CLASSES, size=shape[0])
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+# --- Linen ------------------------------------------------------------------------------------------------------------------
+
+
+class ResNet(nn.Module):
+    """ResNet-18, narrow: four stages of two basic blocks."""
+
+    norms: object
+
+    @nn.compact
+    def __call__(self, x, train):
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), use_bias=False, **WIDE)
+        # Flax keeps running statistics in param_dtype with force_float32_reductions=False only
+        options = {"use_running_average": not train, "momentum": 0.9, "force_float32_reductions": False, **WIDE}
+        norm = functools.partial(self.norms.BatchNorm, **options)
+        x = nn.relu(norm()(conv(WIDTHS[0])(x)))
+        for stage, width in enumerate(WIDTHS):
+            for block in range(2):
+                strides = 2 if stage and not block else 1
+                y = nn.relu(norm()(conv(width, strides=strides)(x)))
+                y = norm(scale_init=nn.initializers.constant(0.5))(conv(width)(y))
+                if x.shape != y.shape:
+                    x = norm()(conv(width, kernel_size=(1, 1), strides=strides)(x))
+                x = nn.relu(x + y)
+        return nn.Dense(CLASSES, **WIDE)(x.mean((1, 2)))
+
+
+class Transformer(nn.Module):
+    norms: object
+
+    @nn.compact
+    def __call__(self, x, train):
+        for _ in range(2):
+            y = self.norms.LayerNorm(**WIDE)(x)
+            x = x + nn.MultiHeadDotProductAttention(num_heads=2, **WIDE)(y)
+            y = self.norms.RMSNorm(**WIDE)(x)
+            x = x + nn.Dense(8, **WIDE)(nn.gelu(nn.Dense(16, **WIDE)(y)))
+        return nn.Dense(CLASSES, **WIDE)(self.norms.LayerNorm(**WIDE)(x).mean(1))
+
+
+def optimizer_of(kind):
+    return optax.sgd(0.05, momentum=0.9) if kind == "resnet" else optax.adam(1e-2)
+
+
+def linen(kind, norms):
+    """-> init() -> state; step(state) -> state, loss; evaluate(state) -> loss."""
+    model, tx = {"resnet": ResNet, "transformer": Transformer}[kind](norms), optimizer_of(kind)
+    x, labels = data(kind)
+
+    def init():
+        variables = model.init(jax.random.key(0), x, train=True)
+        return {"variables": variables, "optimizer": tx.init(variables["params"])}
+
+    def step(state):
+        def loss_of(params):
+            variables = {**state["variables"], "params": params}
+            logits, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+            return cross_entropy(logits, labels), updates
+
+        params = state["variables"]["params"]
+        (loss, updates), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        changes, optimizer = tx.update(gradients, state["optimizer"], params)
+        variables = {**state["variables"], **updates, "params": optax.apply_updates(params, changes)}
+        return {"variables": variables, "optimizer": optimizer}, loss
+
+    def evaluate(state):
+        return cross_entropy(model.apply(state["variables"], x, train=False), labels)
+
+    return init, step, evaluate
+
+
+# --- NNX --------------------------------------------------------------------------------------------------------------------
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, norms, before, width, strides, rngs):
+        conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs, **WIDE)
+        norm = functools.partial(norms.BatchNorm, width, momentum=0.9, rngs=rngs, **WIDE)
+        self.conv1, self.norm1 = conv(before, width, (3, 3), strides=strides), norm()
+        self.conv2, self.norm2 = conv(width, width, (3, 3)), norm(scale_init=nnx.initializers.constant(0.5))
+        self.shortcut = nnx.Sequential(conv(before, width, (1, 1), strides=strides), norm()) if (before, strides) != (width, 1) else None
+
+    def __call__(self, x):
+        y = self.norm2(self.conv2(nnx.relu(self.norm1(self.conv1(x)))))
+        return nnx.relu((x if self.shortcut is None else self.shortcut(x)) + y)
+
+
+class NNXResNet(nnx.Module):
+    def __init__(self, norms, rngs):
+        self.conv = nnx.Conv(3, WIDTHS[0], (3, 3), use_bias=False, rngs=rngs, **WIDE)
+        self.norm = norms.BatchNorm(WIDTHS[0], momentum=0.9, rngs=rngs, **WIDE)
+        widths = [WIDTHS[0], *(w for w in WIDTHS for _ in range(2))]
+        strides = [2 if i and i % 2 == 0 else 1 for i in range(8)]
+        blocks = zip(widths[:-1], widths[1:], strides, strict=True)
+        self.blocks = nnx.List([NNXBlock(norms, *block, rngs) for block in blocks])
+        self.dense = nnx.Linear(WIDTHS[-1], CLASSES, rngs=rngs, **WIDE)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x)))
+        for block in self.blocks:
+            x = block(x)
+        return self.dense(x.mean((1, 2)))
+
+
+class NNXTransformerBlock(nnx.Module):
+    def __init__(self, norms, rngs):
+        self.norm1, self.norm2 = norms.LayerNorm(8, rngs=rngs, **WIDE), norms.RMSNorm(8, rngs=rngs, **WIDE)
+        self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=rngs, **WIDE)
+        self.up, self.down = nnx.Linear(8, 16, rngs=rngs, **WIDE), nnx.Linear(16, 8, rngs=rngs, **WIDE)
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+
+class NNXTransformer(nnx.Module):
+    def __init__(self, norms, rngs):
+        self.blocks = nnx.List([NNXTransformerBlock(norms, rngs) for _ in range(2)])
+        self.norm, self.dense = norms.LayerNorm(8, rngs=rngs, **WIDE), nnx.Linear(8, CLASSES, rngs=rngs, **WIDE)
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.dense(self.norm(x).mean(1))
+
+
+def nnx_model(kind, norms):
+    """As `linen`; the state is that of model and optimizer."""
+    x, labels = data(kind)
+
+    def make():
+        model = {"resnet": NNXResNet, "transformer": NNXTransformer}[kind](norms, nnx.Rngs(0))
+        return {"model": model, "optimizer": nnx.Optimizer(model, optimizer_of(kind), wrt=nnx.Param)}
+
+    def init():
+        return nnx.state(make())
+
+    def merged(state):
+        return nnx.merge(nnx.graphdef(nnx.eval_shape(make)), state)
+
+    def step(state):
+        both = merged(state)
+        model = both["model"]
+        loss, gradients = nnx.value_and_grad(lambda model: cross_entropy(model(x), labels))(model)
+        both["optimizer"].update(model, gradients)
+        return nnx.state(both), loss
+
+    def evaluate(state):
+        model = merged(state)["model"]
+        model.eval()
+        return cross_entropy(model(x), labels)
+
+    return init, step, evaluate
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+
+def by_orbax(state, like, path):
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports each of its steps
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path / "checkpoint", args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+        return checkpointer.restore(path / "checkpoint", args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
+
+
+def by_bytes(state, like, path):
+    (path / "checkpoint").write_bytes(flax.serialization.to_bytes(state))
+    return flax.serialization.from_bytes(like, (path / "checkpoint").read_bytes())
+
+
+def by_pure_dict(state, like, path):
+    """NNX's State, as nested dicts of arrays."""
+    (path / "checkpoint").write_bytes(flax.serialization.to_bytes(nnx.to_pure_dict(state)))
+    target = nnx.to_pure_dict(like)
+    nnx.replace_by_pure_dict(like, flax.serialization.from_bytes(target, (path / "checkpoint").read_bytes()))
+    return like
+
+
+CHECKPOINTS = {"linen": {"orbax": by_orbax, "bytes": by_bytes}, "nnx": {"orbax": by_orbax, "bytes": by_pure_dict}}
+
+
+@functools.cache
+def compiled(api, kind, ours):
+    """-> init, step, evaluate, each compiled once for all tests."""
+    return tuple(_lenient(jax.jit(f)) for f in functions_of(api, kind, ours))
+
+
+def functions_of(api, kind, ours):
+    return (linen if api == "linen" else nnx_model)(kind, MODULES[api][ours])
+
+
+def shapes(api, kind, ours):
+    """A state without values, as a checkpoint is read into."""
+    return jax.eval_shape(_lenient(functions_of(api, kind, ours)[0]))
+
+
+def _lenient(f):
+    """Flax's attention and optax rely on implicit promotion."""
+
+    def run(*args):
+        with lenient():
+            return f(*args)
+
+    return run
+
+
+@functools.cache
+def trained(api, kind, ours):
+    """From Flax's initial variables, which are also ours."""
+    step, state = compiled(api, kind, ours)[1], compiled(api, kind, False)[0]()
+    for _ in range(STEPS):
+        state, _ = step(state)
+    return state
+
+
+@functools.cache
+def continued(api, kind, ours):
+    """Without a checkpoint."""
+    return losses(api, kind, ours, trained(api, kind, ours))
+
+
+def losses(api, kind, ours, state):
+    """Of some more steps, and of evaluation after them."""
+    _, step, evaluate = compiled(api, kind, ours)
+    found = []
+    for _ in range(STEPS):
+        state, loss = step(state)
+        found.append(float(loss))
+    return found, float(evaluate(state))
+
+
+PAIRS = [("linen", kind) for kind in KINDS] + [("nnx", "transformer"), pytest.param("nnx", "resnet", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("checkpoint", ["orbax", "bytes"])
+@pytest.mark.parametrize("into_ours", [True, False], ids=["into jnorm", "into Flax"])
+@pytest.mark.parametrize(("api", "kind"), PAIRS)
+def test_training_continues(api, kind, into_ours, checkpoint, tmp_path):
+    state = trained(api, kind, not into_ours)
+    like = shapes(api, kind, into_ours)
+    loaded = CHECKPOINTS[api][checkpoint](state, like, tmp_path)
+    assert jax.tree.structure(loaded) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, loaded, state)
+    assert jax.tree.map(lambda a: a.dtype, loaded) == jax.tree.map(lambda a: a.dtype, state)
+    (want, want_evaluated), (got, evaluated) = continued(api, kind, not into_ours), losses(api, kind, into_ours, loaded)
+    differences = [abs(a - b) for a, b in zip(want, got, strict=True)]
+    print(f"{api} {kind}: losses {got}, largest difference {max(differences):.3g}, evaluated {abs(evaluated - want_evaluated):.3g}")
+    assert want[-1] < want[0], "the steps train"
+    assert max(differences) <= TOLERANCE
+    # NNX's running statistics are float32 in both: those of ten steps may be rounded the other way, and each of 20 norms uses them.
+    assert abs(evaluated - want_evaluated) <= (TOLERANCE if api == "linen" else 20 * 10 * 2**-23)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("api", "kind"), PAIRS)
+def test_untrained_models_are_the_same(api, kind):
+    theirs, ours = (compiled(api, kind, o)[0]() for o in (False, True))
+    assert jax.tree.structure(theirs) == jax.tree.structure(ours)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
