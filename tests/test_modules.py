@@ -47,7 +47,12 @@ def assert_same(one, two, *given, run=False):
 def test_function_linen_and_nnx_are_the_same(case):
     given = cases.inputs(case)
     for through in THROUGH.values():
-        assert_same(cases.value_and_gradients(case), cases.value_and_gradients(case, through=through), given, run=case in PLAIN)
+        assert_same(
+            cases.value_and_gradients(case),
+            cases.value_and_gradients(case, through=through),
+            given,
+            run=case.name in ("batch_norm", "layer_norm"),
+        )
 
 
 @pytest.mark.slow
@@ -326,7 +331,7 @@ def test_spectral_norm_of_a_layer(options, update, kind, api):
     given = layer_inputs(kind)
     one, _ = with_gradients(by_function, given)
     two, _ = with_gradients(lambda g: WRAPPED[api]("SpectralNorm", kind, g, options, update), given)
-    assert_same(one, two, given, run=not options)
+    assert_same(one, two, given, run=update and not options)
 
 
 @pytest.mark.parametrize("kind", X)
