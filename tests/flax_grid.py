@@ -1,6 +1,7 @@
 """Flax's options as a grid: covers and samples of it, the modules of both libraries for a choice, and the rounding of Flax's arithmetic."""
 
 import contextlib
+import functools
 import itertools
 import warnings
 
@@ -20,6 +21,10 @@ MODULES = {"linen": (flax.linen, jnorm.linen), "nnx": (nnx, jnorm.nnx)}
 NORMS = ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
 DEFAULT_EPSILON = {"BatchNorm": 1e-5}
 FLOATS = ["float32", "bfloat16", "float16"]
+
+
+# Nearly all of the time is compilation, and hundreds of programs run once.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
 @contextlib.contextmanager
@@ -211,10 +216,10 @@ def function(api, module, name, row):
 def outputs(f, row, x, mask, variables):
     """-> y (shards, *SHAPE), and the statistics, which are the same on all shards."""
     if not row["axis_name"]:
-        y, state = jax.jit(f)(variables, x[0], None if mask is None else mask[0])
+        y, state = jit(f)(variables, x[0], None if mask is None else mask[0])
         return y[None], state
     over_shards = jax.vmap(f, (None, 0, None if mask is None else 0), axis_name=row["axis_name"])
-    y, state = jax.jit(over_shards)(variables, x, mask)
+    y, state = jit(over_shards)(variables, x, mask)
     return y, {k: v[0] for k, v in state.items()}
 
 
@@ -226,7 +231,7 @@ def on_devices(f, row, x, mask, variables):
         return jax.tree.map(lambda a: a[None], (y, state))
 
     mesh, spec = jax.make_mesh((SHARDS,), ("shards",), axis_types=(AxisType.Auto,)), PartitionSpec("shards")
-    y, state = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(x)
+    y, state = jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(x)
     return y, {k: v[0] for k, v in state.items()}
 
 

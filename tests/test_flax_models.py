@@ -4,6 +4,7 @@ In float64, where only the definition of the norms could make losses differ.
 """
 
 import functools
+import itertools
 import logging
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from flax_grid import MODULES, lenient
+from flax_grid import MODULES, jit, lenient
 
 WIDTHS, CLASSES = (4, 8, 8, 16), 3
 KINDS = ["resnet", "transformer"]
@@ -224,7 +225,7 @@ CHECKPOINTS = {"linen": {"orbax": by_orbax, "bytes": by_bytes}, "nnx": {"orbax":
 @functools.cache
 def compiled(api, kind, ours):
     """-> init, step, evaluate, each compiled once for all tests."""
-    return tuple(_lenient(jax.jit(f)) for f in functions_of(api, kind, ours))
+    return tuple(_lenient(jit(f)) for f in functions_of(api, kind, ours))
 
 
 def functions_of(api, kind, ours):
@@ -274,23 +275,24 @@ def losses(api, kind, ours, state):
 PAIRS = [("linen", kind) for kind in KINDS] + [("nnx", "transformer"), pytest.param("nnx", "resnet", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("checkpoint", ["orbax", "bytes"])
-@pytest.mark.parametrize("into_ours", [True, False], ids=["into jnorm", "into Flax"])
 @pytest.mark.parametrize(("api", "kind"), PAIRS)
-def test_training_continues(api, kind, into_ours, checkpoint, tmp_path):
-    state = trained(api, kind, not into_ours)
-    like = shapes(api, kind, into_ours)
-    loaded = CHECKPOINTS[api][checkpoint](state, like, tmp_path)
-    assert jax.tree.structure(loaded) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, loaded, state)
-    assert jax.tree.map(lambda a: a.dtype, loaded) == jax.tree.map(lambda a: a.dtype, state)
-    (want, want_evaluated), (got, evaluated) = continued(api, kind, not into_ours), losses(api, kind, into_ours, loaded)
-    differences = [abs(a - b) for a, b in zip(want, got, strict=True)]
-    print(f"{api} {kind}: losses {got}, largest difference {max(differences):.3g}, evaluated {abs(evaluated - want_evaluated):.3g}")
-    assert want[-1] < want[0], "the steps train"
-    assert max(differences) <= TOLERANCE
-    # NNX's running statistics are float32 in both: those of ten steps may be rounded the other way, and each of 20 norms uses them.
-    assert abs(evaluated - want_evaluated) <= (TOLERANCE if api == "linen" else 20 * 10 * 2**-23)
+def test_training_continues(api, kind, tmp_path):
+    """In one test, so that each program is compiled once: from Flax to jnorm and back, through orbax and through bytes."""
+    for into_ours, checkpoint in itertools.product((True, False), CHECKPOINTS[api]):
+        directory = tmp_path / f"{into_ours} {checkpoint}"
+        directory.mkdir()
+        state = trained(api, kind, not into_ours)
+        loaded = CHECKPOINTS[api][checkpoint](state, shapes(api, kind, into_ours), directory)
+        assert jax.tree.structure(loaded) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, loaded, state)
+        assert jax.tree.map(lambda a: a.dtype, loaded) == jax.tree.map(lambda a: a.dtype, state)
+        (want, want_evaluated), (got, evaluated) = continued(api, kind, not into_ours), losses(api, kind, into_ours, loaded)
+        difference = max(abs(a - b) for a, b in zip(want, got, strict=True))
+        print(f"{api} {kind}: losses {got}, largest difference {difference:.3g}, evaluated {abs(evaluated - want_evaluated):.3g}")
+        assert want[-1] < want[0], "the steps train"
+        assert difference <= TOLERANCE
+        # NNX's running statistics are float32 in both: those of ten steps may be rounded the other way, and each of 20 norms uses them.
+        assert abs(evaluated - want_evaluated) <= (TOLERANCE if api == "linen" else 20 * 10 * 2**-23)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ The wrapped layer returns its parameters, so that what is compared is the weight
 """
 
 import flax.linen
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,7 +165,7 @@ def compare_weight_norm(api, row):
     shapes = {k: tuple(values[k].shape[i] for i in features_of(row, values[k])) for k in chosen}
     scales = {k: (rng.normal(size=shapes[k]) + 0.7).astype(np.dtype(row["param_dtype"])) for k in chosen if row["use_scale"]}
     theirs, ours = MODULES[api]
-    run = lambda module: jax.jit(lambda v, s: WEIGHT_NORM[api](module, row, v, s))(values, scales)  # noqa: E731
+    run = lambda module: grid.jit(lambda v, s: WEIGHT_NORM[api](module, row, v, s))(values, scales)  # noqa: E731
     got = run(ours)
     with grid.lenient():
         flax_got = run(theirs)
@@ -204,7 +203,7 @@ def compare_spectral_norm(api, row):
     kept = np.dtype(row["param_dtype"])
     state = {"u": rng.normal(size=(1, 5)).astype(kept), "sigma": np.array(1, kept)} if row["n_steps"] else {}
     theirs, ours = MODULES[api]
-    run = lambda module: jax.jit(lambda v, s: SPECTRAL_NORM[api](module, row, v, s))(values, state)  # noqa: E731
+    run = lambda module: grid.jit(lambda v, s: SPECTRAL_NORM[api](module, row, v, s))(values, state)  # noqa: E731
     if row["error_on_non_matrix"] and row["kernel"] == "convolution" and row["n_steps"]:
         for module in (ours, theirs):
             with pytest.raises(ValueError, match="error_on_non_matrix is True"), grid.lenient():

@@ -11,7 +11,7 @@ from flax import nnx
 import jnorm.linen
 import jnorm.nnx
 import oracles
-from flax_grid import lenient
+from flax_grid import jit, lenient
 
 APIS = ["linen", "nnx"]
 JNORM, FLAX = {"linen": jnorm.linen, "nnx": jnorm.nnx}, {"linen": flax.linen, "nnx": nnx}
@@ -19,9 +19,13 @@ JNORM, FLAX = {"linen": jnorm.linen, "nnx": jnorm.nnx}, {"linen": flax.linen, "n
 
 def run(module, name, x, mask=None, **options):
     """-> y, and the updated statistics, of a fresh layer."""
+    return jit(lambda x, mask: traced(module, name, x, mask, **options))(x, mask)
+
+
+def traced(module, name, x, mask, **options):
     f = linen_layer if module in (flax.linen, jnorm.linen) else nnx_layer
     options = ({"use_running_average": False, "momentum": 0.0} if name == "BatchNorm" else {}) | options
-    return jax.jit(lambda x, mask: f(getattr(module, name), x, mask, **options))(x, mask)
+    return f(getattr(module, name), x, mask, **options)
 
 
 def linen_layer(cls, x, mask, **options):
@@ -74,8 +78,8 @@ def test_devices_that_count_differently(api):
     mask = np.array([[1, 0, 0, 0], [1, 1, 1, 1]], bool)[..., None]
 
     def synchronized(module):
-        shard = lambda x, mask: run(module, "BatchNorm", x, mask, axis_name="shards")  # noqa: E731
-        return jax.jit(jax.vmap(shard, axis_name="shards"))(x, mask)
+        shard = lambda x, mask: traced(module, "BatchNorm", x, mask, axis_name="shards")  # noqa: E731
+        return jit(jax.vmap(shard, axis_name="shards"))(x, mask)
 
     y, stats = synchronized(JNORM[api])
     with lenient():
