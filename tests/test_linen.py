@@ -114,6 +114,13 @@ def test_init_needs_no_groups_of_the_axis(case):
     equal(variables["params"], initialized(CLASSES[case.norm])["params"])
 
 
+@pytest.mark.parametrize("axis_name", [None, "unbound"])
+def test_init_takes_one_example_alone(axis_name):
+    """Initialization takes no statistics, and the batch may be a mapped axis."""
+    layer = jnn.BatchNorm(use_running_average=False, axis_name=axis_name)
+    equal(layer.init(KEY, X.reshape(-1, 6)[0]), layer.init(KEY, X))
+
+
 @pytest.mark.parametrize("name", ["BatchNorm", "TrackedInstanceNorm", "BatchNorm with a count"])
 def test_init_leaves_the_statistics_at_their_start(name):
     start = {"mean": np.zeros(6), "var": np.ones(6)} | ({"count": np.zeros(())} if "count" in name else {})

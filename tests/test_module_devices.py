@@ -237,3 +237,29 @@ def test_nothing_collective_in_initialization(initialize, check_vma):
     assert kinds(run.lower(x).compile()) == []
     outside = jax.jit(initialize)(x)
     jax.tree.map(np.testing.assert_array_equal, run(x), outside)
+
+
+# --- one example alone, whose batch is a mapped axis ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("through", [cases.call, *APIS.values()], ids=["function", *APIS])
+@pytest.mark.parametrize("name", ["batch_norm", "batch_norm_evaluate"])
+def test_examples_without_a_batch_axis(name, through):
+    """vmap over examples of shape (C,), all axes of which are features: the running statistics are of the batch too."""
+    case = replace(BY_NAME[name], shape=(12, 6), features=(1,), kept={1: 1})
+    given = cases.inputs(case, shape=(12, 6))
+
+    @jax.jit
+    def batch(given):
+        inner, rest = cases.split(case, given)
+
+        def examples(inner):
+            def one(x):
+                return through(case, inner | rest | {"x": x}, axis_name="d")
+
+            return jax.vmap(one, out_axes=(0, None), axis_name="d")(inner["x"])
+
+        y, vjp, state = jax.vjp(examples, inner, has_aux=True)
+        return y, state, vjp(given["dy"])[0]
+
+    check(case, given, *batch(given))

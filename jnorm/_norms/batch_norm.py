@@ -167,7 +167,8 @@ def batch_norm(
     with the mean and biased variance of the batch, or the running ones.
 
     Args:
-      x: `(..., C)`, or features on any axes; floating or complex.
+      x: `(..., C)`, or features on any axes; floating or complex. All axes may be features, one example alone, in evaluation and where
+        `axis_name` names the batch.
       state: from :func:`batch_norm_state`; also a `batch_stats` entry of Flax as it is.
       scale: gamma, real, `(C,)`; 1 where None.
       bias: beta, real, `(C,)`; 0 where None.
@@ -193,7 +194,7 @@ def batch_norm(
       y of x's shape, and the state: the same keys, shapes and dtypes. Where nothing updates it is the object that was given.
 
     Raises:
-      ValueError: shapes, axes, names, groups or a static momentum that do not fit; `momentum=None` without a count.
+      ValueError: shapes, axes, names, groups or a static momentum that do not fit; no axis to reduce; `momentum=None` without a count.
       TypeError: x is not floating or complex; complex x with a real state.
 
     Numerics:
@@ -226,14 +227,18 @@ def batch_norm(
     is_complex = jnp.iscomplexobj(x)
     features = canonical_axes(feature_axes, x.ndim, "feature_axes")
     layout = Layout(x.shape, others(x.ndim, features), features)
-    if not layout.reduced:
-        raise ValueError(f"batch_norm has no axis to reduce: feature_axes={feature_axes!r} are all of x's {x.ndim} axes.")
     check_state(state, layout.feature_shape, is_complex)
     check_momentum(momentum, state)
     if is_complex and check_activation(activation):
         raise TypeError(f"activation {activation!r} is for real x; pass a callable of complex arrays.")
     use_running_average = check_flag(use_running_average, "use_running_average")
     updates = not use_running_average if update_running is None else check_flag(update_running, "update_running")
+    across = Across.of(axis_name, axis_index_groups)
+    if not layout.reduced and not across.names and (updates or not use_running_average):
+        raise ValueError(
+            f"batch_norm has no axis to reduce: feature_axes={feature_axes!r} are all of x's {x.ndim} axes. "
+            "One example alone has no batch statistics: give x a batch axis, or the batch's axis_name under vmap."
+        )
     wide = stats_dtype(x.dtype)
     aux = _Aux(
         jnp.asarray(state["mean"]).astype(wide),
@@ -242,7 +247,7 @@ def batch_norm(
         check_affine(bias, "bias", layout, x),
     )
     call = _Call(x, aux, layout, broadcast_mask(mask, x), check_residual(residual, x), check_dtype(dtype, x), activation)
-    how = functools.partial(_unit, Across.of(axis_name, axis_index_groups), check_epsilon(epsilon), use_running_average, updates)
+    how = functools.partial(_unit, across, check_epsilon(epsilon), use_running_average, updates)
     y, stats = _complex_unit(how, call) if is_complex else how(_map, call)
     if not updates:
         return y, state

@@ -218,12 +218,13 @@ def _shared_arguments(
     scale, bias = scale_param(module, shape), bias_param(module, shape)
     evaluates = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
     update_running = module.update_running if update_running is None else update_running
+    alone = module.is_initializing() and len(shape) == x.ndim  # one example, whose batch has its axis outside, or later
     return {
         "state": state,
         "scale": scale,
         "bias": bias,
         **merged_axes(module, takes_statistics(evaluates, update_running) and not module.is_initializing()),
-        "use_running_average": evaluates,
+        "use_running_average": evaluates or alone,
         "update_running": False if module.is_initializing() else update_running,
         "momentum": module.momentum if momentum is None else momentum,
         "epsilon": module.epsilon,
