@@ -709,21 +709,25 @@ def test_partitioned_kernel_and_scale(rng):
 
 @each_wrapper
 def test_what_a_wrapped_layer_makes_stays_with_it(name, rng):
-    """A variable that the first call makes, and the second one changes."""
+    """A variable that the first call makes, and the second one changes; and one that each call puts in place of the last."""
 
     class Counting(nnx.Module):
         def __init__(self):
             self.dense = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+            self.renewed = nnx.BatchStat(jnp.zeros(()))
 
         def __call__(self, x):
             if not hasattr(self, "calls"):
                 self.calls = nnx.BatchStat(jnp.zeros(()))
             self.calls[...] += 1
+            self.renewed = nnx.BatchStat(jnp.floor(self.renewed[...]) + 1)
             return self.dense(x)
 
     x = rng.normal(size=(5, 4)).astype(np.float32)
     module = randomized(wrapped(name, Counting()), rng)
+    start = module.layer_instance.renewed[...]
     for number in (1, 2):
         before = values(module)
         check_wrapped(name, before, x, nnx.jit(call)(module, x), values(module), at=("dense",))
         assert module.layer_instance.calls[...] == number
+        assert module.layer_instance.renewed[...] == jnp.floor(start) + number

@@ -109,9 +109,10 @@ def with_params(layer: nnx.Module, values: Mapping[Path, jax.Array]) -> nnx.Modu
 def call_with_params(layer: nnx.Module, values: Mapping[Path, jax.Array], *args: Any, **kwargs: Any) -> Any:
     """The layer's output with these values of its parameters, for this call only."""
     changed: Any = with_params(layer, values)
-    before = set(dict(nnx.to_flat_state(nnx.state(changed))))
+    before = dict(nnx.to_flat_state(nnx.state(changed)))
     out = changed(*args, **kwargs)
-    made = {path: v for path, v in nnx.to_flat_state(nnx.state(changed)) if path not in before}
-    if made:  # such as intermediates that were sown
+    # Such as intermediates that were sown, or a variable in place of another.
+    made = {path: v for path, v in nnx.to_flat_state(nnx.state(changed)) if path not in values and v is not before.get(path)}
+    if made:
         nnx.update(layer, nnx.from_flat_state(made))
     return out
