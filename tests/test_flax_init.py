@@ -13,7 +13,7 @@ from flax_grid import MODULES, NORMS, lenient
 
 X = np.ones((2, 3, 6), np.float32)
 normal = nn.initializers.normal(1.0)
-RANDOM = [{}, {"scale_init": normal, "bias_init": normal}, {"scale_init": normal, "use_bias": False, "param_dtype": jnp.bfloat16}]
+RANDOM = [{"scale_init": normal, "bias_init": normal}, {"scale_init": normal, "use_bias": False, "param_dtype": jnp.bfloat16}]
 
 
 def options_of(name, options):

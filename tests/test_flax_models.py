@@ -69,15 +69,16 @@ class ResNet(nn.Module):
 
 
 class Transformer(nn.Module):
+    """One block, and the norm that follows the last."""
+
     norms: object
 
     @nn.compact
     def __call__(self, x, train):
-        for _ in range(2):
-            y = self.norms.LayerNorm(**WIDE)(x)
-            x = x + nn.MultiHeadDotProductAttention(num_heads=2, **WIDE)(y)
-            y = self.norms.RMSNorm(**WIDE)(x)
-            x = x + nn.Dense(8, **WIDE)(nn.gelu(nn.Dense(16, **WIDE)(y)))
+        y = self.norms.LayerNorm(**WIDE)(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, **WIDE)(y)
+        y = self.norms.RMSNorm(**WIDE)(x)
+        x = x + nn.Dense(8, **WIDE)(nn.gelu(nn.Dense(16, **WIDE)(y)))
         return nn.Dense(CLASSES, **WIDE)(self.norms.LayerNorm(**WIDE)(x).mean(1))
 
 
@@ -158,13 +159,11 @@ class NNXTransformerBlock(nnx.Module):
 
 class NNXTransformer(nnx.Module):
     def __init__(self, norms, rngs):
-        self.blocks = nnx.List([NNXTransformerBlock(norms, rngs) for _ in range(2)])
+        self.block = NNXTransformerBlock(norms, rngs)
         self.norm, self.dense = norms.LayerNorm(8, rngs=rngs, **WIDE), nnx.Linear(8, CLASSES, rngs=rngs, **WIDE)
 
     def __call__(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.dense(self.norm(x).mean(1))
+        return self.dense(self.norm(self.block(x)).mean(1))
 
 
 def nnx_model(kind, norms):
