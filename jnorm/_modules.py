@@ -23,11 +23,12 @@ def floating(x: Any, dtype: Any) -> jax.Array:
 
 
 def result_dtype(*arrays: Any, dtype: Any) -> Any:
-    """Flax's rule for y's dtype: what is asked for, else the one that x, scale and bias promote to (also under strict promotion)."""
+    """Flax's rule for y's dtype: what is asked for, else what x as given, scale and bias promote to, also under strict promotion."""
     if dtype is not None:
         return dtype
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*(a for a in arrays if a is not None))
+        promoted = jnp.result_type(*(a for a in arrays if a is not None))
+    return promoted if jnp.issubdtype(promoted, jnp.inexact) else jnp.dtype(jnp.float32)
 
 
 def state_dtype(x_dtype: Any, param_dtype: Any, force_float32: bool) -> Any:

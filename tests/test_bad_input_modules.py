@@ -419,3 +419,9 @@ def test_integer_weights():
     variables = {"params": {"layer_instance": {"kernel": np.ones((3, 4), np.int32), "bias": np.ones(4, np.float32)}}}
     with refuses("WeightNorm", "layer_instance/kernel", "v must be", "int32", kind=TypeError):
         jnn.WeightNorm(nn.Dense(4), use_scale=False).apply(variables, ROW)
+
+
+def test_a_variable_filter_that_is_one_string():
+    """Read letter by letter, it would match nearly every path."""
+    with refuses("variable_filter", "'kernel'", "{'kernel'}", kind=TypeError):
+        jnn.WeightNorm(nn.Dense(4), variable_filter="kernel").init(jax.random.key(0), ROW)

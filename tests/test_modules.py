@@ -360,3 +360,23 @@ def test_bfloat16_weights_and_float32_scales(name, api):
     one, _ = with_gradients(by_function, given)
     two, _ = with_gradients(lambda g: WRAPPED[api](name, "dense", g, options, True), given)
     assert_same(one, two, given)
+
+
+@pytest.mark.parametrize("param_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("x_dtype", ["int8", "bool", "float16"])
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
+def test_the_dtype_of_y_is_that_of_flax(name, x_dtype, param_dtype):
+    x = jnp.zeros((2, 3, 4), x_dtype)
+    groups = {"num_groups": 2} if name == "GroupNorm" else {}
+    running = {"use_running_average": True} if name == "BatchNorm" else {}
+
+    def linen(api):
+        return api(param_dtype=param_dtype, **groups, **running).init_with_output(jax.random.key(0), x)[0]
+
+    def with_nnx(api):
+        return api(4, param_dtype=param_dtype, **groups, **running, rngs=nnx.Rngs(0))(x)
+
+    for ours, theirs, call in [(jnn, nn, linen), (jnx, nnx, with_nnx)]:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            want = jax.eval_shape(functools.partial(call, getattr(theirs, name))).dtype
+        assert jax.eval_shape(functools.partial(call, getattr(ours, name))).dtype == want

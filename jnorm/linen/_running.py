@@ -108,10 +108,11 @@ class BatchNorm(nn.Module):
           y of x's shape.
         """
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             features = distinct_axes(self.axis, x.ndim)
             variables = _state_variables(self, x, feature_shape(x, features, "axis"))
-            call = _shared_arguments(self, x, variables, use_running_average, update_running, momentum)
+            call = _shared_arguments(self, given, x, variables, use_running_average, update_running, momentum)
             y, state = batch_norm(x, **call, feature_axes=features, mask=mask, residual=residual)
             variables.write(call["state"], state)
             return y
@@ -187,11 +188,12 @@ class TrackedInstanceNorm(nn.Module):
     ) -> jax.Array:
         """Normalizes x; the arguments are those of :meth:`BatchNorm.__call__`."""
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             check_keeps_batch(self.reduction_axes, features, x.ndim)
             variables = _state_variables(self, x, feature_shape(x, features, "feature_axes"))
-            call = _shared_arguments(self, x, variables, use_running_average, update_running, momentum)
+            call = _shared_arguments(self, given, x, variables, use_running_average, update_running, momentum)
             reduced = distinct_axes(self.reduction_axes, x.ndim)
             y, state = tracked_instance_norm(x, **call, feature_axes=features, reduction_axes=reduced, mask=mask)
             variables.write(call["state"], state)
@@ -206,6 +208,7 @@ def _state_variables(module: BatchNorm | TrackedInstanceNorm, x: jax.Array, shap
 
 def _shared_arguments(
     module: BatchNorm | TrackedInstanceNorm,
+    given: jax.Array,
     x: jax.Array,
     variables: StateVariables,
     use_running_average: bool | None,
@@ -230,5 +233,5 @@ def _shared_arguments(
         "epsilon": module.epsilon,
         "running_var_correction": module.running_var_correction,
         "activation": module.activation,
-        "dtype": result_dtype(x, scale, bias, dtype=module.dtype),
+        "dtype": result_dtype(given, scale, bias, dtype=module.dtype),
     }

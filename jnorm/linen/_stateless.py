@@ -62,7 +62,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = feature_shape(x, features, "feature_axes")
             scale, bias = scale_param(self, shape), bias_param(self, shape)
@@ -75,7 +76,7 @@ class LayerNorm(nn.Module):
                 epsilon=self.epsilon,
                 mask=mask,
                 **merged_axes(self, not self.is_initializing()),
-                dtype=result_dtype(x, scale, bias, dtype=self.dtype),
+                dtype=result_dtype(given, scale, bias, dtype=self.dtype),
             )
 
 
@@ -120,7 +121,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             scale = scale_param(self, feature_shape(x, features, "feature_axes"))
             return rms_norm(
@@ -131,7 +133,7 @@ class RMSNorm(nn.Module):
                 epsilon=self.epsilon,
                 mask=mask,
                 **merged_axes(self, not self.is_initializing()),
-                dtype=result_dtype(x, scale, dtype=self.dtype),
+                dtype=result_dtype(given, scale, dtype=self.dtype),
             )
 
 
@@ -188,7 +190,8 @@ class GroupNorm(nn.Module):
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
             check_groups(self.num_groups, self.group_size)
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             shape = feature_shape(x, self.feature_axes, "feature_axes")
             scale, bias = scale_param(self, shape), bias_param(self, shape)
             return group_norm(
@@ -203,7 +206,7 @@ class GroupNorm(nn.Module):
                 mask=mask,
                 **merged_axes(self, not self.is_initializing()),
                 activation=self.activation,
-                dtype=result_dtype(x, scale, bias, dtype=self.dtype),
+                dtype=result_dtype(given, scale, bias, dtype=self.dtype),
             )
 
 
@@ -255,7 +258,8 @@ class InstanceNorm(nn.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             check_keeps_batch(self.reduction_axes, features, x.ndim)
             shape = feature_shape(x, features, "feature_axes")
@@ -270,5 +274,5 @@ class InstanceNorm(nn.Module):
                 mask=mask,
                 **merged_axes(self, not self.is_initializing()),
                 activation=self.activation,
-                dtype=result_dtype(x, scale, bias, dtype=self.dtype),
+                dtype=result_dtype(given, scale, bias, dtype=self.dtype),
             )

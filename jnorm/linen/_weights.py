@@ -201,6 +201,8 @@ class SpectralNorm(nn.Module):
 
 def _filtered(names: Iterable[str] | None, change: Callable[[str, jax.Array], jax.Array]) -> Callable[[str, jax.Array], jax.Array]:
     """`change` of the parameters whose path contains one of the names; the others as they are. No names: all, as in Flax."""
+    if isinstance(names, str):
+        raise TypeError(f"variable_filter must be a collection of names, such as {{{names!r}}}, got the string {names!r}.")
     wanted = tuple(names or ("",))
     return lambda path, value: change(path, value) if any(name in path for name in wanted) else value
 

@@ -148,10 +148,11 @@ class BatchNorm(nnx.Module):
           y of x's shape.
         """
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             features = distinct_axes(self.axis, x.ndim)
             shape = shape_of_features(self, x, features, "axis")
-            call = _shared_arguments(self, x, shape, use_running_average, update_running, momentum)
+            call = _shared_arguments(self, given, x, shape, use_running_average, update_running, momentum)
             y, state = batch_norm(x, **call, feature_axes=features, mask=mask, residual=residual)
             write_state(self, call["state"], state)
             return y
@@ -274,11 +275,12 @@ class TrackedInstanceNorm(nnx.Module):
     ) -> jax.Array:
         """Normalizes x; the arguments are those of :meth:`BatchNorm.__call__`."""
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             check_keeps_batch(self.reduction_axes, features, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")
-            call = _shared_arguments(self, x, shape, use_running_average, update_running, momentum)
+            call = _shared_arguments(self, given, x, shape, use_running_average, update_running, momentum)
             reduced = distinct_axes(self.reduction_axes, x.ndim)
             y, state = tracked_instance_norm(x, **call, feature_axes=features, reduction_axes=reduced, mask=mask)
             write_state(self, call["state"], state)
@@ -303,6 +305,7 @@ def _set_view(module: BatchNorm | TrackedInstanceNorm, use_running_average: bool
 
 def _shared_arguments(
     module: BatchNorm | TrackedInstanceNorm,
+    given: jax.Array,
     x: jax.Array,
     shape: tuple[int, ...],
     use_running_average: bool | None,
@@ -331,5 +334,5 @@ def _shared_arguments(
         "epsilon": module.epsilon,
         "running_var_correction": module.running_var_correction,
         "activation": module.activation,
-        "dtype": y_dtype(module, x, (state["mean"], state["var"]), (scale, bias)),
+        "dtype": y_dtype(module, given, (state["mean"], state["var"]), (scale, bias)),
     }

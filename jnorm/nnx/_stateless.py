@@ -100,7 +100,8 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")
             scale, bias = value(self.scale, shape), value(self.bias, shape)
@@ -114,7 +115,7 @@ class LayerNorm(nnx.Module):
                 mask=mask,
                 axis_name=self.axis_name,
                 axis_index_groups=self.axis_index_groups,
-                dtype=y_dtype(self, x, affine=(scale, bias)),
+                dtype=y_dtype(self, given, affine=(scale, bias)),
             )
 
 
@@ -182,7 +183,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             scale = value(self.scale, shape_of_features(self, x, features, "feature_axes"))
             return rms_norm(
@@ -194,7 +196,7 @@ class RMSNorm(nnx.Module):
                 mask=mask,
                 axis_name=self.axis_name,
                 axis_index_groups=self.axis_index_groups,
-                dtype=y_dtype(self, x, affine=(scale,)),
+                dtype=y_dtype(self, given, affine=(scale,)),
             )
 
 
@@ -283,7 +285,8 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             shape = shape_of_features(self, x, self.feature_axes, "feature_axes")
             scale, bias = value(self.scale, shape), value(self.bias, shape)
             return group_norm(
@@ -298,7 +301,7 @@ class GroupNorm(nnx.Module):
                 axis_name=self.axis_name,
                 axis_index_groups=self.axis_index_groups,
                 activation=self.activation,
-                dtype=y_dtype(self, x, affine=(scale, bias)),
+                dtype=y_dtype(self, given, affine=(scale, bias)),
             )
 
 
@@ -379,7 +382,8 @@ class InstanceNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            x = floating(x, self.dtype)
+            given = jnp.asarray(x)
+            x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             check_keeps_batch(self.reduction_axes, features, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")
@@ -395,5 +399,5 @@ class InstanceNorm(nnx.Module):
                 axis_name=self.axis_name,
                 axis_index_groups=self.axis_index_groups,
                 activation=self.activation,
-                dtype=y_dtype(self, x, affine=(scale, bias)),
+                dtype=y_dtype(self, given, affine=(scale, bias)),
             )
