@@ -13,6 +13,7 @@ rm -rf "$out"
 mkdir -p "$out"
 
 torch=$(sed -n 's/^torch = \["\(.*\)"\]$/\1/p' pyproject.toml)
+pyright=$(sed -n 's/^dev = .*"\(pyright==[0-9.]*\)".*/\1/p' pyproject.toml)
 oldest_of() { sed -n "s/^dependencies = .*\"$1>=\([0-9.]*\)\".*/\1/p" pyproject.toml; }
 oldest_jax=$(oldest_of jax)
 oldest_flax=$(oldest_of flax)
@@ -86,11 +87,12 @@ build_docs() {
   show_and_run "$tools/sphinx-build" -W --keep-going -n -q -b html docs "$out/docs"
 }
 
-# readme_tests MARKERS: the README's test command as it stands; PyTorch is installed beforehand, so that its tests are not skipped.
+# readme_tests MARKERS: the README's test command as it stands; PyTorch and pyright are installed beforehand, so that their tests are not
+# skipped.
 readme_tests() {
   stage "the README's test command, newest JAX, with PyTorch (-m '$1')"
   [ -x .venv/bin/python ] || python -m venv .venv
-  .venv/bin/python -m pip install "$torch"
+  .venv/bin/python -m pip install "$torch" "$pyright"
   PYTEST_ADDOPTS="-m '$1' -rs --durations=15 --junitxml=$out/newest.xml" run_readme_command 2
   .venv/bin/python -c 'import jax, torch; print("tested with jax", jax.__version__, "and torch", torch.__version__)'
   torch_tests_ran "$out/newest.xml"
