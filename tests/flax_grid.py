@@ -268,10 +268,11 @@ def flax_y_error(x, ids, answer, affine, epsilon, low, *, mask, running, evaluat
     mean_error = e * (abs(mean) if evaluate else mean_abs * (not about_zero))
     var_error = e * (var if evaluate else 4 * mean_square) + float(low.smallest_subnormal)
     rstd, most = 1 / np.sqrt(var + epsilon), 1 / np.sqrt(np.maximum(var - var_error, 0) + epsilon * (1 - e) + 1e-300)
+    rstd_error = np.maximum(most - rstd, rstd - 1 / np.sqrt(var + var_error + epsilon * (1 + e)))
     scale = np.ones([1] * x.ndim) if affine.scale is None else abs(oracles.spread_features(affine.scale, affine.features, x.ndim))
     bias = np.zeros([1] * x.ndim) if affine.bias is None else abs(oracles.spread_features(affine.bias, affine.features, x.ndim))
     centered = abs(x - mean[ids])
-    difference = (e * abs(x) + mean_error[ids]) * most[ids] + centered * ((most - rstd)[ids] + e * most[ids])
+    difference = (e * abs(x) + mean_error[ids]) * most[ids] + centered * (rstd_error[ids] + e * most[ids])
     return scale * difference + e * bias
 
 
