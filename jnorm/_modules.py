@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._pipeline.arguments import check_flag
+from ._pipeline.arguments import check_switches
 from ._pipeline.axes import canonical_axes
 from ._stats import stats_dtype
 from .typing import Axes, BatchNormState
@@ -81,9 +81,8 @@ def check_keeps_batch(reduction_axes: Axes | None, features: Axes, ndim: int) ->
 
 def takes_statistics(use_running_average: Any, update_running: Any) -> bool:
     """Whether a norm with running statistics looks at those of x."""
-    return not check_flag(use_running_average, "use_running_average") or bool(
-        update_running is not None and check_flag(update_running, "update_running")
-    )
+    evaluates, updates = check_switches(use_running_average, update_running)
+    return updates or not evaluates
 
 
 def merged_axes(module: Any, merges: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import cases
 import distributed
-from cases import BY_NAME, replace
+from cases import BY_NAME, CLASSES, replace
 from distributed import MODES, mesh_of
 from jnorm import linen as jnn
 from jnorm import nnx as jnx
@@ -18,14 +18,6 @@ from test_collectives import auto_program, collectives, kinds, sharded_program
 from weights import every_other
 
 SHAPE = (16, 3, 2, 6)
-CLASSES = {
-    "batch_norm": "BatchNorm",
-    "layer_norm": "LayerNorm",
-    "rms_norm": "RMSNorm",
-    "group_norm": "GroupNorm",
-    "instance_norm": "InstanceNorm",
-    "tracked_instance_norm": "TrackedInstanceNorm",
-}
 
 
 def arguments(case, given, options):

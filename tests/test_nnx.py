@@ -15,18 +15,10 @@ from jax.sharding import PartitionSpec as P
 import cases
 import oracles
 import weights
-from cases import BY_NAME, PLAIN, replace
+from cases import BY_NAME, CLASSES, PLAIN, replace
 from jnorm import nnx as jnx
 from weights import WRAPPERS, every_other
 
-CLASSES = {
-    "batch_norm": "BatchNorm",
-    "layer_norm": "LayerNorm",
-    "rms_norm": "RMSNorm",
-    "group_norm": "GroupNorm",
-    "instance_norm": "InstanceNorm",
-    "tracked_instance_norm": "TrackedInstanceNorm",
-}
 TRACKED = [c for c in PLAIN if c.state]
 each_norm = pytest.mark.parametrize("case", PLAIN, ids=lambda c: c.name)
 each_tracked_norm = pytest.mark.parametrize("case", TRACKED, ids=lambda c: c.name)

@@ -16,8 +16,8 @@ from .._pipeline.arguments import (
     check_affine,
     check_dtype,
     check_epsilon,
-    check_flag,
     check_residual,
+    check_switches,
     check_x,
 )
 from .._pipeline.axes import Layout, canonical_axes, others
@@ -231,8 +231,7 @@ def batch_norm(
     check_momentum(momentum, state)
     if is_complex and check_activation(activation):
         raise TypeError(f"activation {activation!r} is for real x; pass a callable of complex arrays.")
-    use_running_average = check_flag(use_running_average, "use_running_average")
-    updates = not use_running_average if update_running is None else check_flag(update_running, "update_running")
+    use_running_average, updates = check_switches(use_running_average, update_running)
     across = Across.of(axis_name, axis_index_groups)
     if not layout.reduced and not across.names and (updates or not use_running_average):
         raise ValueError(

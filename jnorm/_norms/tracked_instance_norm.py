@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._pipeline.arguments import Across, broadcast_mask, check_flag, check_x
+from .._pipeline.arguments import Across, broadcast_mask, check_switches, check_x
 from .._pipeline.axes import Layout
 from .._pipeline.moments import keepdims_moments
 from .._pipeline.running import check_momentum, check_state, corrected_var, update
@@ -90,8 +90,7 @@ def tracked_instance_norm(
     check_momentum(momentum, state)
     across = Across.of(axis_name, axis_index_groups)
     options = {"epsilon": epsilon, "mask": broadcast_mask(mask, x), "activation": activation, "dtype": dtype}
-    use_running_average = check_flag(use_running_average, "use_running_average")
-    updates = not use_running_average if update_running is None else check_flag(update_running, "update_running")
+    use_running_average, updates = check_switches(use_running_average, update_running)
     if use_running_average:
         y, _ = batch_norm(x, state, scale, bias, use_running_average=True, feature_axes=layout.features, **options)
         stats = _instance_stats(x, options["mask"], layout, across) if updates else None

@@ -51,6 +51,12 @@ def check_flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
+def check_switches(use_running_average: Any, update_running: Any) -> tuple[bool, bool]:
+    """Whether running statistics normalize, and whether they move: by default exactly when they do not."""
+    evaluates = check_flag(use_running_average, "use_running_average")
+    return evaluates, not evaluates if update_running is None else check_flag(update_running, "update_running")
+
+
 def check_epsilon(epsilon: float) -> float:
     if isinstance(epsilon, Tracer):
         raise TypeError("epsilon is static and must be a Python number; mark it so in jax.jit, with static_argnames.")
