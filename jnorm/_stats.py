@@ -235,6 +235,14 @@ def all_sum(values: Sequence[jax.Array], names: AxisNames, groups: Groups = None
     return [part.reshape(v.shape) for part, v in zip(jnp.split(flat, ends), values, strict=True)]
 
 
+def all_concatenate(values: Sequence[jax.Array], names: AxisNames, axis: int) -> list[jax.Array]:
+    """Join everybody's part of each array along one of its axes, all arrays (of one shape) in one all-gather.
+
+    The names are mesh axes inside one device's part of a program that the compiler partitions.
+    """
+    return list(lax.all_gather(jnp.stack(values), names, axis=axis + 1, tiled=True)) if names else list(values)
+
+
 def all_combine(stats: Stats, names: AxisNames, groups: Groups = None, partitioned: bool = False) -> Stats:
     """Merge statistics over the named axes: one all-gather, or two all-reduces above 64 participants.
 

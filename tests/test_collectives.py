@@ -97,6 +97,18 @@ def test_x_is_never_gathered(name, layout):
     assert all(size < given["x"].size // 8 for _, size in collectives(program)), collectives(program)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_sharded_channels_of_groups(groups):
+    """What travels is by sample and channel, once each way, and nothing where groups lie whole on their devices."""
+    options = {"num_groups": groups}
+    case = replace(BY_NAME["group_norm"], shape=(4, 8, 8, 16), kept={0: 1, 3: 16 // groups}, options=options)
+    given = cases.inputs(case)
+    layout = {"spec": P(None, None, None, "d"), "shape": (4,), "names": ("d",)}
+    sent = collectives(auto_program(cases.value_and_gradients(case), given, **layout))
+    assert len(sent) == (0 if groups == 4 else 2) and all(kind == "all-gather" for kind, _ in sent), sent
+    assert all(size <= 4 * 4 * 16 for _, size in sent)
+
+
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "instance_norm"])
 def test_per_sample_norms_send_nothing_for_the_forward_pass(name):
     case = replace(BY_NAME[name], shape=SHAPE)

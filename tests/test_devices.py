@@ -88,6 +88,26 @@ def test_jit_over_a_sharded_feature_axis(name):
     check(case, given, y, state, gradients)
 
 
+# Of 16 channels two on each device: groups on several devices, on one, and one that is all of them.
+@pytest.mark.parametrize("groups", [4, 8, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_jit_over_a_sharded_channel_axis_and_groups(groups, masked, rng):
+    case = replace(BY_NAME["group_norm"], shape=(4, 3, 2, 16), kept={0: 1, 3: 16 // groups}, options={"num_groups": groups})
+    given = cases.inputs(case, mask=cases.mask_of((4, 3, 1, 16), rng) if masked else None)
+    y, state, gradients = distributed.by_auto_mesh(cases.value_and_gradients(case), given, spec=P(None, None, None, "d"))
+    check(case, given, y, state, gradients)
+    assert y.sharding.spec == P(None, None, None, "d")
+
+
+def test_jit_over_sharded_positions_and_channels(rng):
+    """The channels lie on two axes of the mesh, in the order in which the specification names them."""
+    case = replace(BY_NAME["group_norm"], shape=(4, 4, 2, 8), kept={0: 1, 3: 4}, options={"num_groups": 2})
+    given = cases.inputs(case, mask=cases.mask_of((4, 4, 1, 1), rng))
+    for spec in (P(None, "h", None, ("a", "b")), P(None, "h", None, ("b", "a"))):
+        layout = {"spec": spec, "shape": (2, 2, 2), "names": ("a", "h", "b")}
+        check(case, given, *distributed.by_auto_mesh(cases.value_and_gradients(case), given, **layout))
+
+
 def height(name, rng):
     """Per-sample norms reduce over positions: the height is what devices share."""
     case = replace(BY_NAME[name], shape=(2, 16, 2, 6))

@@ -163,20 +163,32 @@ UNITS = [
     "batch_norm",
     "batch_norm_relu_residual",
     "batch_norm_mask",
+    "tracked_instance_norm",
+]
+FUSED = [
+    "layer_norm",
+    "rms_norm_mask",
     "group_norm",
     "group_norm_gelu",
+    "group_norm_mask",
+    "group_norm_matrix",
     "instance_norm",
-    "tracked_instance_norm",
+    "instance_norm_leaky_relu",
 ]
 
 
-@pytest.mark.parametrize("name", UNITS)
-def test_the_backward_pass_is_two_ops(name):
-    given = cases.inputs(BY_NAME[name])
-    inner, rest = cases.split(BY_NAME[name], given)
-    _, vjp = jax.vjp(lambda inner: cases.call(BY_NAME[name], inner | rest)[0], inner)
-    ops = re.findall(r"= (jnorm_\w+)", str(jax.make_jaxpr(vjp)(given["dy"])))
-    assert len(ops) == 2, ops
+def ops_of(f, *args):
+    return re.findall(r"= (jnorm_\w+)", str(jax.make_jaxpr(f)(*args)))
+
+
+@pytest.mark.parametrize(("name", "number"), [(n, 2) for n in UNITS] + [(n, 1) for n in FUSED])
+def test_ops_each_way(name, number):
+    """The unit has two; where nothing is merged over names, norms of samples and rows have one, the backward pass too."""
+    case, given = BY_NAME[name], cases.inputs(BY_NAME[name])
+    inner, rest = cases.split(case, given)
+    assert len(ops_of(lambda inner: cases.call(case, inner | rest)[0], inner)) == number
+    _, vjp = jax.vjp(lambda inner: cases.call(case, inner | rest)[0], inner)
+    assert len(ops_of(vjp, given["dy"])) == number
 
 
 @pytest.mark.parametrize("case", [c for c in PLAIN if c.norm not in ("layer_norm", "rms_norm")], ids=name_of)

@@ -132,6 +132,17 @@ def test_a_constant_gives_the_bias(norm, dtype, record_property):
     cases.check_gradients(case, given, gradients)
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "group_norm", "group_norm_matrix", "instance_norm"])
+def test_nothing_to_divide_by_gives_the_bias(norm):
+    """A constant, or zeros, without an epsilon: no gradient but that of the bias."""
+    case = replace(BY_NAME[norm], options={**BY_NAME[norm].options, "epsilon": 0.0}, epsilon=0.0)
+    given = cases.inputs(case) | {"x": np.full(case.shape, 0 if norm == "rms_norm" else 3, np.float32)}
+    y, _, gradients = jax.jit(cases.value_and_gradients(case))(given)
+    np.testing.assert_array_equal(y, np.broadcast_to(given.get("bias", np.zeros(1, np.float32)), case.shape))
+    for name in {*gradients} - {"bias"}:
+        np.testing.assert_array_equal(gradients[name], np.zeros_like(given[name]))
+
+
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "layer_norm_samples"])
 def test_the_largest_finite_numbers(norm, rng):
     case, given = prepare(norm, largest, "float32", ROWS16, rng)

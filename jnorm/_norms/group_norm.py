@@ -9,6 +9,7 @@ import numpy as np
 
 from .._pipeline.arguments import Across, broadcast_mask, check_activation, check_affine, check_dtype, check_epsilon, check_x
 from .._pipeline.axes import Layout, canonical_axes
+from .._pipeline.groups import run_groups
 from .._pipeline.normalize import affine, run
 from .._pipeline.rows import run_rows
 from .._stats import Stats, combine, inverse_sqrt
@@ -44,7 +45,8 @@ def group_norm(
       reduction_axes: the axes that are reduced, the channel axis (reduced within groups) among them; None: all but the first.
       feature_axes: the channel axis, one.
       epsilon: added to the variance.
-      mask: broadcasts against x; nonzero counts. What is not counted goes through the same map (a non-finite value as its channel's mean).
+      mask: broadcasts against x; nonzero counts. What is not counted goes through the same map (a non-finite value as the mean of the
+        group; with `axis_name`, of its channel).
       axis_name: named axis or axes over which the reduced axes are split.
       axis_index_groups: groups of equal size within that axis.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
@@ -59,7 +61,7 @@ def group_norm(
 
     Numerics:
       Sums per channel, in at least float32 and with the mean as two floats, then a small merge of the channels of a group.
-      Kept for the backward pass: x and four numbers per sample and channel.
+      Kept for the backward pass: x and three numbers per sample and channel.
 
     Distributed:
       With `axis_name` one all-gather forward (two all-reduces above 64 participants), one all-reduce of two numbers per sample and channel
@@ -86,9 +88,10 @@ def group_norm(
     positions = tuple(i for i in reduced if i != axis)
     if all(x.shape[i] == 1 for i in positions):
         return _single_position(x, scale, bias, reduced, axis, groups, across, epsilon=check_epsilon(epsilon), **options)
-    channels = Layout(x.shape, positions, (axis,))
-    group_map = functools.partial(_map, groups, check_epsilon(epsilon))
-    return run(x, group_map, (scale, bias), channels, across, **options)[0]
+    channels, epsilon = Layout(x.shape, positions, (axis,)), check_epsilon(epsilon)
+    if across.names:
+        return run(x, functools.partial(_map, groups, epsilon), (scale, bias), channels, across, **options)[0]
+    return run_groups(x, scale, bias, channels, max(x.shape[axis] // groups, 1), epsilon=epsilon, **options)
 
 
 def _axes(x: jax.Array, reduction_axes: Axes | None, feature_axes: int) -> tuple[tuple[int, ...], int]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .._pipeline.arguments import Across, broadcast_mask, check_affine, check_dtype, check_epsilon, check_x
 from .._pipeline.axes import Layout, canonical_axes, others
+from .._pipeline.groups import run_groups
 from .._pipeline.normalize import affine, run
 from .._stats import Stats, inverse_sqrt
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask
@@ -53,7 +54,7 @@ def instance_norm(
 
     Numerics:
       Statistics in at least float32, the mean as two floats. One position gives the bias.
-      Kept for the backward pass: x and four numbers per sample and channel.
+      Kept for the backward pass: x and three numbers per sample and channel.
 
     Distributed:
       With `axis_name` one all-gather forward (two all-reduces above 64 participants), one all-reduce of two numbers per sample and channel
@@ -71,18 +72,12 @@ def instance_norm(
     """
     x = check_x(x)
     layout = instance_layout(x, reduction_axes, feature_axes)
-    y, _ = run_instances(
-        x,
-        scale,
-        bias,
-        layout,
-        Across.of(axis_name, axis_index_groups),
-        epsilon=epsilon,
-        mask=broadcast_mask(mask, x),
-        activation=activation,
-        dtype=dtype,
-    )
-    return y
+    across, mask = Across.of(axis_name, axis_index_groups), broadcast_mask(mask, x)
+    if across.names:
+        return run_instances(x, scale, bias, layout, across, epsilon=epsilon, mask=mask, activation=activation, dtype=dtype)[0]
+    scale, bias = (check_affine(v, name, layout, x) for v, name in ((scale, "scale"), (bias, "bias")))
+    options = {"mask": mask, "activation": activation, "dtype": check_dtype(dtype, x)}
+    return run_groups(x, scale, bias, layout, None, epsilon=check_epsilon(epsilon), **options)
 
 
 def instance_layout(x: jax.Array, reduction_axes: Axes | None, feature_axes: Axes) -> Layout:
