@@ -1,0 +1,72 @@
+"""Normalization, measured: jnorm against Flax, Haiku, Equinox, Keras and PyTorch.
+
+    python -m benchmarks                          everything, for the documentation (hours)
+    python -m benchmarks --suite figures          the shapes that claims are made about
+    python -m benchmarks --quick                  that it runs, in under two minutes
+    python -m benchmarks --norm batch_norm --shape 32,56,56,64 --dtype f32 --peers flax     one case, for tuning
+
+Everything is compared with float64 before it is timed. The exit status is 1 where jnorm is wrong, whatever the times are.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from . import machine
+from .options import allocators, parser, request_of
+
+
+def child(args: argparse.Namespace) -> None:
+    """This process has the environment of its allocator."""
+    from .run import run
+
+    args.child.write_text(json.dumps(run(request_of(args))))
+
+
+def runs(args: argparse.Namespace) -> dict[str, Any]:
+    """{allocator: its run}, each in a process of its own."""
+    found = {}
+    for allocator in allocators(args):
+        extra = machine.RETAINED if allocator == "retained" else {}
+        environment = {k: v for k, v in os.environ.items() if k not in machine.RETAINED} | extra
+        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch shares an accelerator with JAX
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "run.json"
+            command = [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--child", str(path)]
+            done = subprocess.run(command, env=environment)
+            if done.returncode:
+                sys.exit(done.returncode)
+            found[allocator] = json.loads(path.read_text())
+    return found
+
+
+def main() -> None:
+    args = parser(__doc__ or "").parse_args()
+    if args.child:
+        child(args)
+        return
+    found = json.loads(args.from_json.read_text()) if args.from_json else runs(args)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+    from . import report
+
+    report.show(found)
+    if args.markdown:
+        args.markdown.write_text(report.markdown(found))
+    if args.png:
+        from . import picture
+
+        picture.draw(found, args.png)
+    failures = [f"{allocator}: {text}" for allocator, run in found.items() for text in run["failures"]]
+    for text in failures:
+        print(f"WRONG: {text}", file=sys.stderr)
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
