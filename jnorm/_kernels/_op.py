@@ -1,7 +1,7 @@
 """One op: a primitive over x in its own axes, with rules for AD, batching and partitioning over devices, lowered to a plain XLA form.
 
-Operands have x's rank, with 1 where they are constant along an axis. A native kernel is one more lowering of `Op.primitive`, for its
-platform.
+Operands have x's rank, with 1 where they are constant along an axis. On the CPU the lowering is a call of a native kernel, where that is
+chosen and has the case.
 """
 
 import functools
@@ -25,6 +25,7 @@ from .._jax_internals import (
     with_sharding_of,
     x64_enabled,
 )
+from ._library import active
 
 Spans = Callable[[Sequence[int]], tuple]
 
@@ -42,12 +43,22 @@ class Op:
       form: `form(*operands, spans, **params) -> list`, the op in plain jnp. It merges what it reduces over the mesh axes `spans(axes)`.
         Every parameter whose name ends in "axes" is a tuple of axes of x.
       linear: number of leading operands in which the op is linear, given the parameters.
-      cpu_form: the form on the CPU, where it is another one.
+      cpu_form: the plain form on the CPU, where it is another one.
+      native: the same as a call of a native kernel; None where the kernel does not have the case.
     """
 
-    def __init__(self, name: str, form: Callable, linear: Callable[..., int] = lambda **_: 0, cpu_form: Callable | None = None):
+    def __init__(
+        self,
+        name: str,
+        form: Callable,
+        linear: Callable[..., int] = lambda **_: 0,
+        *,
+        cpu_form: Callable | None = None,
+        native: Callable | None = None,
+    ):
         self.form, self.linear = form, linear
-        self.primitive = new_primitive(f"jnorm_{name}", self._abstract, self._lowering(form), cpu_form and self._lowering(cpu_form))
+        cpu_lowering = self._lowering(cpu_form or form, native) if cpu_form or native else None
+        self.primitive = new_primitive(f"jnorm_{name}", self._abstract, self._lowering(form), cpu_lowering)
         ad.primitive_jvps[self.primitive] = self._jvp
         batching.primitive_batchers[self.primitive] = self._batch
 
@@ -96,14 +107,26 @@ class Op:
 
     # --- lowering -----------------------------------------------------------------------------------------------------------
 
-    def _lowering(self, form: Callable) -> Callable:
+    def _lowering(self, form: Callable, native: Callable | None = None) -> Callable:
         def lower(context: Any, *operands: Any, **params: Any) -> Any:
-            body = functools.partial(form, **params)
+            # Asked here: the compiler calls the body back on a thread of its own, where another choice may hold.
+            with_native = native is not None and active() == "native"
+            body = functools.partial(native_or(form, native) if with_native else form, **params)
             if automatic_device_count(context) > 1:
                 return lower_as(_partitioned(body, context.avals_in, context.avals_out), context, *operands)
             return lower_as(functools.partial(body, spans=one_device), context, *operands)
 
         return lower
+
+
+def native_or(form: Callable, native: Callable) -> Callable:
+    """The native form where it has the case, else the plain one."""
+
+    def either(*operands: jax.Array, **params: Any) -> list[jax.Array]:
+        out = native(*operands, **params)
+        return form(*operands, **params) if out is None else out
+
+    return either
 
 
 def adjoint(a: Op, b: Op) -> None:

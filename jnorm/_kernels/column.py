@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .._stats import Stats, all_combine, finite, isolate, two_sum
+from . import _native
 from ._forms import activate, constant_axes, count, counted, first_center, mean, read, sums, times_slope, usable
 from ._op import Op, Spans, adjoint, one_device
 
@@ -134,10 +135,11 @@ def _linear_of_spread(operands: tuple, **_: Any) -> int:
     return 4 if "scale" in operands else 2
 
 
-moments = Op("moments", moments_form)
-apply = Op("apply", apply_form)
-fork, cotangent_apply = Op("fork", fork_form, _linear_of_fork), Op("cotangent_apply", cotangent_apply_form, lambda **_: 3)
-spread, cotangent_sums = Op("spread", spread_form, _linear_of_spread), Op("cotangent_sums", cotangent_sums_form, lambda **_: 1)
+moments = Op("moments", moments_form, native=_native.moments)
+apply = Op("apply", apply_form, native=_native.apply)
+fork, spread = Op("fork", fork_form, _linear_of_fork), Op("spread", spread_form, _linear_of_spread)
+cotangent_apply = Op("cotangent_apply", cotangent_apply_form, lambda **_: 3, native=_native.cotangent_apply)
+cotangent_sums = Op("cotangent_sums", cotangent_sums_form, lambda **_: 1, native=_native.cotangent_sums)
 adjoint(fork, cotangent_apply)
 adjoint(spread, cotangent_sums)
 

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._stats import Stats, all_concatenate, combine, inverse_sqrt, isolate
+from . import _native
 from ._forms import count, counted, read, sums, times_slope
-from ._op import Op, Spans, adjoint
+from ._op import Op, Spans, adjoint, native_or
 from .column import Operands, apply_form, cotangent_apply_form, cotangent_sums_form, moments_form
 
 
@@ -87,16 +88,16 @@ class _Group(NamedTuple):
 
 def group_norm_form(
     x: jax.Array, scale: jax.Array, bias: jax.Array, *mask: jax.Array, axes: tuple, channel_axes: tuple, group_size: int, epsilon: float,
-    act: str | None, dtype: Any, spans: Spans, **_: Any,
+    act: str | None, dtype: Any, spans: Spans, moments: Callable = moments_form, apply: Callable = apply_form, **_: Any,
 ) -> list[jax.Array]:  # fmt: skip
-    stats = Stats(*moments_form(x, *mask, axes=axes, spans=spans))
+    stats = Stats(*moments(x, *mask, axes=axes, spans=spans))
     stats = _Groups.of(x, channel_axes, group_size, spans).combined(stats)
     total = stats.var + epsilon
     # Nothing counted, or nothing to divide by: the bias.
     nothing = (stats.count == 0) | (total == 0)
     rstd = jnp.where(nothing, 0, inverse_sqrt(jnp.where(nothing, 1, total)))
     operands, params = _Group.of((x, stats.center, stats.offset, rstd, scale, bias, *mask)).as_column()
-    y = apply_form(*operands, act=act, dtype=dtype, spans=spans, **params)
+    y = apply(*operands, act=act, dtype=dtype, spans=spans, **params)
     return [*y, stats.center, stats.offset, rstd]
 
 
@@ -121,12 +122,12 @@ def group_tangent_form(
 
 def group_cotangent_form(
     dy: jax.Array, *args: jax.Array, axes: tuple, channel_axes: tuple, group_size: int, scale_axes: tuple, act: str | None, spans: Spans,
-    **_: Any,
+    cotangent_sums: Callable = cotangent_sums_form, cotangent_apply: Callable = cotangent_apply_form, **_: Any,
 ) -> list[jax.Array]:  # fmt: skip
     group = _Group.of(args)
     operands, params = group.as_column()
     params |= {"act": act, "spans": spans}
-    first, second = cotangent_sums_form(dy, *operands, map_axes=axes, scale_axes=(), **params)
+    first, second = cotangent_sums(dy, *operands, map_axes=axes, scale_axes=(), **params)
     # Times rstd at once: what follows is of the size of dy, whatever x's is.
     second = second * group.rstd
     elements = count(group.x, group.mask, axes, spans)
@@ -134,13 +135,26 @@ def group_cotangent_form(
     n, s1, s2 = groups.summed(elements, group.scale * first, group.scale * second)
     n, rstd = jnp.maximum(n, 1), group.rstd
     a, b = -rstd * (s1 / n), -rstd * (rstd * (s2 / n))
-    dx = cotangent_apply_form(dy, a, b, *operands, **params)
+    dx = cotangent_apply(dy, a, b, *operands, **params)
     return [*dx, *sums([second, first], [i for i in scale_axes if i not in axes], spans)]
 
 
-group_norm = Op("group_norm", group_norm_form)
-group_tangent, group_cotangent = (
-    Op("group_tangent", group_tangent_form, lambda **_: 3),
-    Op("group_cotangent", group_cotangent_form, lambda **_: 1),
-)
+def _native_norm(*args: jax.Array, **params: Any) -> list[jax.Array]:
+    """In one kernel, or where it does not have the case in those of column.py."""
+    return _native.group_norm(*args, **params) or group_norm_form(*args, **params, **_NATIVE_COLUMNS_NORM)
+
+
+def _native_cotangent(*args: jax.Array, **params: Any) -> list[jax.Array]:
+    return _native.group_cotangent(*args, **params) or group_cotangent_form(*args, **params, **_NATIVE_COLUMNS_COTANGENT)
+
+
+_NATIVE_COLUMNS_NORM = {"moments": native_or(moments_form, _native.moments), "apply": native_or(apply_form, _native.apply)}
+_NATIVE_COLUMNS_COTANGENT = {
+    "cotangent_sums": native_or(cotangent_sums_form, _native.cotangent_sums),
+    "cotangent_apply": native_or(cotangent_apply_form, _native.cotangent_apply),
+}
+
+group_norm = Op("group_norm", group_norm_form, native=_native_norm)
+group_tangent = Op("group_tangent", group_tangent_form, lambda **_: 3)
+group_cotangent = Op("group_cotangent", group_cotangent_form, lambda **_: 1, native=_native_cotangent)
 adjoint(group_tangent, group_cotangent)
