@@ -69,14 +69,15 @@ def forward(built: Built) -> Callable:
     return lambda affine, state, xs, dys: built.apply(affine, state, xs)
 
 
-def linearized(case: Case, built: Built) -> Callable:
-    """(affine, state, xs) -> (out, vjp, state). Where the residual is only added to x, its gradient is that of x, and taken once."""
+def linearized(built: Built) -> Callable:
+    """(affine, state, xs) -> (out, vjp, state)."""
+    return lambda affine, state, xs: jax.vjp(lambda a, v: built.apply(a, state, v), affine, xs, has_aux=True)
 
-    def run(affine: Any, state: Any, xs: Any) -> Any:
-        varied = 1 if case.op == "add" else len(xs)
-        return jax.vjp(lambda a, v: built.apply(a, state, (*v, *xs[varied:])), affine, xs[:varied], has_aux=True)
 
-    return run
+def gradients(case: Case, vjp: Callable, dys: Any) -> tuple[Any, Any]:
+    """Where the residual is only added to x, its gradient is that of x, and comes out once."""
+    affine, xs = vjp(dys)
+    return affine, xs[:1] if case.op == "add" else xs
 
 
 def cotangent(case: Case, dys: Any) -> Any:
@@ -85,16 +86,16 @@ def cotangent(case: Case, dys: Any) -> Any:
 
 def step(case: Case, built: Built) -> Callable:
     def one(affine: Any, state: Any, xs: Any, dys: Any) -> Any:
-        out, vjp, state = linearized(case, built)(affine, state, xs)
-        return out, state, vjp(cotangent(case, dys))
+        out, vjp, state = linearized(built)(affine, state, xs)
+        return out, state, gradients(case, vjp, cotangent(case, dys))
 
     return one
 
 
 def dependent_step(case: Case, built: Built) -> Callable:
     def dependent(affine: Any, state: Any, xs: Any, dys: Any) -> Any:
-        out, vjp, state = linearized(case, built)(affine, state, xs)
-        return out, state, vjp(jax.tree.map(lambda y, c: y * c, out, cotangent(case, dys)))
+        out, vjp, state = linearized(built)(affine, state, xs)
+        return out, state, gradients(case, vjp, jax.tree.map(lambda y, c: y * c, out, cotangent(case, dys)))
 
     return dependent
 
@@ -109,10 +110,10 @@ def program(built: Built, f: Callable, given: Arguments) -> Program:
 def split_program(case: Case, built: Built, given: Arguments) -> Program:
     """The vjp is a pytree of what is kept for the backward pass, and crosses between the two programs."""
     with built.context():
-        lowered = jax.jit(linearized(case, built)).lower(given.affine, given.state, given.xs)
+        lowered = jax.jit(linearized(built)).lower(given.affine, given.state, given.xs)
         ahead = lowered.compile()
         kept = jax.tree.map(lambda o: jax.ShapeDtypeStruct(o.shape, o.dtype), lowered.out_info[1])
-        back = jax.jit(lambda vjp, dys: vjp(cotangent(case, dys))).lower(kept, given.dys).compile()
+        back = jax.jit(lambda vjp, dys: gradients(case, vjp, cotangent(case, dys))).lower(kept, given.dys).compile()
 
     def call() -> Any:
         out, vjp, state = ahead(given.affine, given.state, given.xs)

@@ -14,7 +14,7 @@ def residuals(case: Case, built: Built, given: Arguments) -> float:
     """What crosses from the forward to the backward pass, each array once. x itself, which is alive anyway, counts as 1."""
 
     def kept(*arguments: Any) -> list[jax.Array]:
-        return jax.tree.leaves(linearized(case, built)(*arguments)[1])
+        return jax.tree.leaves(linearized(built)(*arguments)[1])
 
     with built.context():
         jaxpr = jax.make_jaxpr(kept)(given.affine, given.state, given.xs).jaxpr

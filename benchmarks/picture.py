@@ -3,6 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 

@@ -51,6 +51,7 @@ class TorchProcess:
         self.ask("clear")
 
     def close(self) -> None:
-        if self.process.stdin is not None:
-            self.process.stdin.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
         self.process.wait(timeout=30)

@@ -1,0 +1,428 @@
+"""The benchmark: its deterministic figures are limits here, its gate and its arithmetic are tested; its times are not."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import __main__ as command
+from benchmarks import calling, cases, claims, collectives, hlo, machine, measure, memory, networks, options, oracle, peers, report, timing
+from benchmarks.cases import Case
+from benchmarks.peers import ours
+
+SHAPES = {"batch_norm": (16, 16, 16, 64), "group_norm": (4, 32, 32, 64), "instance_norm": (4, 32, 32, 64)}
+ROWS = (512, 512)
+OPERATIONS = [(n, op) for n in cases.NORMS for op in ("plain", "act", "add_act", "add")
+              if not (op == "act" and n not in cases.ACTIVATION) and not (op == "add_act" and n != "batch_norm")
+              and not (op == "add" and n not in cases.ROW_NORMS)]  # fmt: skip
+FORMS = ["jnorm native", "jnorm xla"]
+
+
+@pytest.fixture(autouse=True)
+def others_may_promote():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def case_of(norm, op="plain", dtype="float32", shape=None):
+    return Case(norm, shape or SHAPES.get(norm, ROWS), dtype, op)
+
+
+def built(name, case):
+    try:
+        return peers.build(name, case)
+    except peers.Unsupported as reason:
+        pytest.skip(str(reason))
+
+
+def figures(name, case):
+    """What the table "Bytes and kernels" says."""
+    peer = built(name, case)
+    arguments = calling.arguments(case, oracle.inputs(case), peer, {})
+    found = memory.of_program(case, calling.step_program(case, peer, "one", arguments).compiled)
+    return found | {"residuals": memory.residuals(case, peer, arguments)}
+
+
+# --- deterministic figures --------------------------------------------------------------------------------------------------
+
+# Numbers per channel, row, or sample and channel: at most 8 of float32 for each row of 512 values.
+SMALL = {"float32": 8 / 512, "bfloat16": 16 / 512}
+
+
+@pytest.mark.parametrize("dtype", cases.BYTES)
+@pytest.mark.parametrize(("norm", "op"), OPERATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_bytes(form, norm, op, dtype):
+    """Only x is kept, and the residual where an activation follows it; native kernels allocate no array of x's size, and read and write
+    nothing beyond the floor."""
+    case = case_of(norm, op, dtype)
+    found = figures(form, case)
+    kept = 2 if op == "add_act" else 1
+    assert kept <= found["residuals"] <= kept + SMALL[dtype]
+    if form == "jnorm native":
+        assert found["temp"] <= claims.TEMP_LIMIT
+        # BN + add + act reads x and the residual in both of its backward passes.
+        floor = cases.floor(case, "step", 1 << 30) + (2 if op == "add_act" else 0)
+        assert found["traffic"] <= floor + 6 * SMALL[dtype]
+    else:
+        assert found["temp"] <= xla_temp(norm, op, dtype) + 2 * SMALL[dtype]
+
+
+def xla_temp(norm, op, dtype):
+    """What XLA's CPU compiler of jax 0.10.2 materializes, in X: float32 copies of bfloat16 rows and images, and an activation's output."""
+    if dtype == "bfloat16":
+        return 10 if norm in cases.ROW_NORMS else 4
+    return 1 if op == "act" else 0
+
+
+def test_one_collective_each_way():
+    counted = collectives.counted()["jnorm"]
+    assert sum(counted["forward"].values()) == 1
+    assert sum(counted["step"].values()) == 2
+
+
+@pytest.mark.parametrize(("block", "form", "most"), [("batch norm + ReLU, jnorm", "native", 2), ("layer norm + ReLU, jnorm", "xla", 2)])
+def test_a_block_of_a_deep_network_keeps_two_arrays(block, form, most):
+    """Its input, and that of its product; a share of the float32 numbers per row of 128 values beside them. Flax's keep 3 and 4."""
+    if form == "native" and not ours.has_native():
+        pytest.skip("native kernels are not active")
+    assert networks.marginal_temp(networks.blocks()[block], form, "float32", (512, 128)) <= most + 10 / 128
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------------
+
+TINY = {
+    "batch_norm": (4, 3, 3, 32),
+    "group_norm": (2, 3, 3, 64),
+    "instance_norm": (2, 3, 3, 3),
+    "layer_norm": (5, 8),
+    "rms_norm": (2, 3, 8),
+}
+
+
+@pytest.mark.parametrize(("norm", "op"), OPERATIONS)
+def test_the_oracle_differentiates_itself(norm, op):
+    """Against central differences of Σ y·dy + Σ (x + residual)·ds in float64: with a step of 1e-6, wrong by about 1e-9."""
+    case = case_of(norm, op, shape=TINY[norm])
+    given = {k: v.astype(np.float64) for k, v in oracle.inputs(case).items()}
+    wanted = oracle.expected(case, given)
+
+    def loss(name, index, by):
+        moved = given | {name: given[name].copy()}
+        moved[name].flat[index] += by
+        found = oracle.expected(case, moved)
+        return (found["y"] * given["dy"]).sum() + ((found["sum"] * given["ds"]).sum() if op == "add" else 0)
+
+    for name in [k for k in ("x", "residual", "scale", "bias") if f"d{k}" in wanted]:
+        for index in (0, given[name].size // 2, given[name].size - 1):
+            slope = (loss(name, index, 1e-6) - loss(name, index, -1e-6)) / 2e-6
+            np.testing.assert_allclose(wanted[f"d{name}"].flat[index], slope, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", cases.NORMS)
+@pytest.mark.parametrize("name", [n for n in peers.JAX_PEERS if not n.startswith("jnorm")])
+def test_every_peer_computes_the_norm(name, norm):
+    if peers.missing([name]):
+        pytest.skip(f"{name} is not installed")
+    case = case_of(norm, shape=TINY[norm])
+    given = oracle.inputs(case)
+    peer = built(name, case)
+    output = calling.step_program(case, peer, "one", calling.arguments(case, given, peer, {})).call()
+    errors = oracle.errors(calling.results(case, peer, output), oracle.expected(case, given))
+    assert max(errors.values()) < oracle.tolerance(case), errors
+
+
+def test_torch_computes_the_norms():
+    pytest.importorskip("torch")
+    from benchmarks.peers.torch_process import TorchProcess
+
+    process = TorchProcess("cpu")
+    try:
+        for norm, shape in TINY.items():
+            case = case_of(norm, shape=shape)
+            results, runs = process.prepare(case, "eager")
+            assert runs["step"](2, 1) > 0
+            errors = oracle.errors(results, oracle.expected(case, oracle.inputs(case)))
+            assert max(errors.values()) < oracle.tolerance(case), (norm, errors)
+        with pytest.raises(RuntimeError, match="KeyError"):
+            process.time("compile", "step", 1, 0)
+    finally:
+        process.close()
+
+
+def setting(names, **changes):
+    return measure.Setting(names, 2, 1 << 25, 1e10, **changes)
+
+
+def test_a_row():
+    case = case_of("batch_norm", "act", shape=TINY["batch_norm"])
+    row = measure.measure(case, setting(["jnorm xla", "flax.linen", "torch eager"]))
+    measure.add_ratios([row])
+    assert json.loads(json.dumps(row))["name"] == "batch_norm + relu 4×3×3×32 f32"
+    assert row["peers"]["torch eager"] == {"left_out": "PyTorch is not installed"}
+    mine, theirs = row["peers"]["jnorm xla"], row["peers"]["flax.linen"]
+    assert mine["step"]["way"] == "one" and mine["step"]["rounds"] == 2
+    assert set(theirs["trial"]) == {"forward", "one", "split", "dependent"}
+    assert not mine["inexact"] and not theirs["inexact"]
+    assert theirs["step"]["over"]["jnorm xla"]["ratio"] == pytest.approx(theirs["step"]["median"] / mine["step"]["median"])
+
+
+def wrong(case, form):
+    right = ours.unfused(case)
+    return peers.Built(lambda affine, state, xs: (right(affine, state, xs)[0] * 1.001, state))
+
+
+def test_jnorm_being_wrong_is_an_error(monkeypatch):
+    monkeypatch.setattr(ours, "build", wrong)
+    with pytest.raises(measure.GateFailure, match=r"layer_norm 5×8 f32, jnorm xla: errors .* allowed"):
+        measure.measure(case_of("layer_norm", shape=(5, 8)), setting(["jnorm xla"]))
+
+
+def test_a_peer_that_is_wrong_is_timed_and_marked(monkeypatch):
+    from benchmarks.peers import flax_norms
+
+    monkeypatch.setattr(flax_norms, "linen", lambda case: wrong(case, ""))
+    row = measure.measure(case_of("layer_norm", shape=(5, 8)), setting(["flax.linen"], all_ways=False))
+    assert row["peers"]["flax.linen"]["inexact"] and row["peers"]["flax.linen"]["step"]["median"] > 0
+
+
+def test_a_peer_that_fails_is_left_out(monkeypatch):
+    from benchmarks.peers import flax_norms
+
+    def broken(case):
+        raise AttributeError("gone\nfor good")
+
+    monkeypatch.setattr(flax_norms, "linen", broken)
+    row = measure.measure(case_of("layer_norm", shape=(5, 8)), setting(["flax.linen"]))
+    assert row["peers"]["flax.linen"] == {"left_out": "AttributeError: gone"}
+
+
+def test_errors_are_relative_and_what_is_not_finite_is_infinite():
+    wanted = {"y": np.array([2.0, -4.0]), "dx": np.zeros(2)}
+    assert oracle.errors({"y": np.array([2.0, -3.0]), "dx": np.zeros(2)}, wanted) == {"y": 0.25, "dx": 0.0}
+    assert oracle.errors({"y": np.array([2.0, np.nan]), "dx": np.zeros(2)}, wanted)["y"] == np.inf
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "floors"),
+    [
+        (Case("batch_norm", (32, 56, 56, 64)), (3, 8)),
+        (Case("batch_norm", (32, 56, 56, 64), op="add_act"), (4, 10)),
+        (Case("layer_norm", (4096, 1024)), (2, 5)),
+        (Case("rms_norm", (4096, 1024), op="add"), (4, 8)),
+        (Case("group_norm", (32, 56, 56, 64), op="act"), (2, 5)),
+        (Case("group_norm", (1, 512, 512, 64)), (3, 8)),  # 64 MiB, a sample that the cache does not hold
+        (Case("instance_norm", (4, 128, 128, 64), "bfloat16"), (2, 5)),
+    ],
+)
+def test_floor(case, floors):
+    assert tuple(cases.floor(case, what, 32 << 20) for what in ("forward", "step")) == floors
+
+
+def test_evaluation_reads_and_writes_once():
+    assert cases.floor(Case("batch_norm", (8, 4), op="eval"), "forward", 1 << 20) == 2
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "op", "message"),
+    [
+        ("layer_norm", (4, 4), "act", "no 'act' for 'layer_norm'"),
+        ("group_norm", (4, 4, 100), "plain", "got 100"),
+        ("instance_norm", (4, 4), "plain", "axis to reduce"),
+    ],
+)
+def test_cases_that_cannot_be(norm, shape, op, message):
+    with pytest.raises(ValueError, match=message):
+        Case(norm, shape, op=op)
+
+
+def test_suites():
+    full, figures = (cases.every_case(suite, "cpu", 32 << 20) for suite in ("full", "figures"))
+    assert len(set(full)) == len(full) and set(figures) <= set(full)
+    assert {c.norm for c in full} == set(cases.NORMS) and {c.op for c in full} == set(cases.OPS)
+    assert {c.dtype for c in full} == set(cases.BYTES)
+    assert any(c.bytes > 32 << 20 for c in full if c.dtype == "bfloat16" and c.norm == "batch_norm")
+    assert all(claims.target(dataclasses.asdict(c) | {"bytes": c.bytes}) for c in figures)
+    assert Case("batch_norm", (256, 56, 56, 256)) in cases.every_case("full", "gpu", 50 << 20)
+
+
+def test_select():
+    all_cases = cases.every_case("full", "cpu", 32 << 20)
+    assert {c.norm for c in cases.select(all_cases, ["rms_norm"], [], None, [])} == {"rms_norm"}
+    found = cases.select(all_cases, ["rms_norm"], [], (7, 5), ["bfloat16"])
+    assert found == [Case("rms_norm", (7, 5), "bfloat16")]
+
+
+def test_machine(tmp_path):
+    assert [machine.parse_size(s) for s in ("32K", "2M\n", "512", "1G")] == [32 << 10, 2 << 20, 512, 1 << 30]
+    for i, (kind, level, size) in enumerate([("Data", 1, "32K"), ("Instruction", 1, "64K"), ("Unified", 3, "32768K")]):
+        folder = tmp_path / f"index{i}"
+        folder.mkdir()
+        for name, value in (("type", kind), ("level", level), ("size", size)):
+            (folder / name).write_text(f"{value}\n")
+    assert machine.caches(tmp_path) == {1: 32 << 10, 3: 32 << 20}
+    assert machine.parse_steal("cpu  10 0 20 60 0 0 0 10 5 0\ncpu0 1 2\n") == (10, 100)
+    assert machine.last_level_cache("gpu") > 0 and machine.cores() >= 1
+
+
+def test_calls_for():
+    assert timing.calls_for(1e-6) == timing.MOST_CALLS
+    assert timing.calls_for(1e-3) == 4 and timing.calls_for(1) == 1
+
+
+def test_bootstrap():
+    ratio, low, high = timing.bootstrap_ratio([2.0] * 9, [1.0] * 9)
+    assert (ratio, low, high) == (2, 2, 2)
+    # What slows a whole round down cancels.
+    noise = np.random.default_rng(0).uniform(1, 3, 9)
+    ratio, low, high = timing.bootstrap_ratio([2.0 * n for n in noise], list(noise))
+    assert ratio == low == high == 2
+    a, b = (np.random.default_rng(seed).normal(mean, 0.1, 30) for seed, mean in ((1, 1.5), (2, 1.0)))
+    ratio, low, high = timing.bootstrap_ratio(list(a), list(b))
+    assert low < 1.5 < high and low < ratio < high
+    assert timing.geometric_mean([1, 4, 16]) == pytest.approx(4)
+
+
+def test_rounds_are_interleaved_and_those_with_steal_dropped(monkeypatch):
+    # Of 100 ticks in the second round, 10 are stolen.
+    readings = iter([(0, 0), (0, 100), (0, 100), (10, 200), (10, 200), (10, 300)])
+    monkeypatch.setattr(machine, "steal", lambda: next(readings))
+    order = []
+    variants = {name: lambda calls, warm, name=name: order.append(name) or float(len(order)) for name in "ab"}
+    times, dropped = timing.interleave(variants, 2, {"a": 1.0, "b": 1.0})
+    assert order == ["a", "b", "b", "a", "a", "b"]  # each round begins with another
+    assert times == {"a": [1, 5], "b": [2, 6]} and dropped == 1
+
+
+def test_too_much_steal_is_an_error(monkeypatch):
+    ticks = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(machine, "steal", lambda: (next(ticks),) * 2)
+    with pytest.raises(RuntimeError, match="every round"):
+        timing.interleave({"a": lambda calls, warm: 1.0}, 3, {"a": 1.0})
+
+
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%fused (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %n = f32[4,8]{1,0} negate(%p)
+}
+
+ENTRY %main.1 (x: f32[4,8], s: bf16[8]) -> (f32[4,8], f32[8]) {
+  %x = f32[4,8]{1,0} parameter(0), metadata={op_name="x"}
+  %s = bf16[8]{0} parameter(1)
+  %fusion = f32[4,8]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  %start = f32[8]{0} all-reduce-start(%s), to_apply=%add
+  %done = f32[8]{0} all-reduce-done(%start)
+  %call = (f32[4,8]{1,0}, /*index=1*/f32[8]{0}) custom-call(%fusion, %fusion, %done), custom_call_target="f"
+  %first = f32[4,8]{1,0} get-tuple-element(%call), index=0
+  ROOT %t = (f32[4,8]{1,0}, f32[8]{0}) tuple(%first, %done)
+}
+"""
+
+
+def test_programs_are_counted():
+    """fusion: 128 + 128 bytes; all-reduce: 16 + 32; custom call: (128 + 32) + 128 + 32, one operand twice but read once."""
+    assert hlo.count(PROGRAM) == hlo.Program(3, 256 + 48 + 320, {"all-reduce": 1})
+
+
+def test_a_compiled_program_is_counted():
+    x = jax.numpy.ones((64, 64))
+    found = hlo.count(jax.jit(lambda x: jax.numpy.sin(x) + 1).lower(x).compile().as_text())
+    assert (found.kernels, found.bytes, found.collectives) == (1, 2 * x.nbytes, {})
+
+
+# --- the report -------------------------------------------------------------------------------------------------------------
+
+
+def peer(seconds, over=None, inexact=False):
+    timed = {"median": seconds, "min": seconds, "of_limit": 0.5, "way": "one", "times": [seconds] * 3}
+    if over:
+        timed["over"] = {"jnorm xla": dict(zip(("ratio", "low", "high"), over, strict=True))}
+    memory = {"residuals": 1.0, "step": {"temp": 0.0, "peak": 4.0, "kernels": 9, "traffic": 8.0}}
+    return {"step": timed, "forward": timed, "inexact": inexact, "memory": memory, "errors": {}, "trial": {}}
+
+
+@pytest.fixture
+def found():
+    """A run in which jnorm is 2 times as fast as Linen, surely slower than Haiku, and perhaps slower than PyTorch."""
+    case = Case("batch_norm", (32, 56, 56, 64))
+    others = {"flax.linen": peer(2, (2, 1.9, 2.1)), "haiku": peer(0.8, (0.8, 0.7, 0.9), True), "torch eager": peer(0.9, (0.9, 0.8, 1.2))}
+    row = dataclasses.asdict(case) | {"name": case.name, "bytes": case.bytes, "rounds_dropped": 1}
+    row["peers"] = {"jnorm native": {"left_out": "none"}, "jnorm xla": peer(1, (1, 1, 1)), **others, "keras": {"left_out": "gone"}}
+    about = machine.describe(jax.devices()) | {"processor": "a processor", "commit": "abc"}
+    bandwidths = {"before": {"best": 2e10}, "after": {"best": 2.1e10}}
+    even = dict.fromkeys(("ratio", "low", "high"), 1.0)
+    seconds = {"flax": 3, "jnorm, xla": 2, "none": 1}
+    variants = {k: timing.summary([s] * 3) | {"share": 1 - 1 / s, "over_flax": even, "peak": 1 << 20} for k, s in seconds.items()}
+    run = {"machine": about, "kernels": ours.status(), "missing": ["equinox"], "peers": list(row["peers"]), "rounds": 3, "rows": [row],
+           "networks": [{"network": "net", "dtype": "float32", "rounds_dropped": 0, "variants": variants}], "failures": [],
+           "stacks": [{"block": "b", "dtype": "float32", "shape": [2, 2], "marginal_temp": 2.0}],
+           "collectives": {"jnorm": {"forward": {"all-gather": 1}, "step": {}}}, "memory_bandwidth": bandwidths}  # fmt: skip
+    return {"retained": run}
+
+
+def test_losses_are_listed(found):
+    listed = report.losses(found["retained"], "jnorm xla")
+    assert [(one["peer"], one["what"], one["clear"]) for one in listed] == [
+        ("haiku", "step", True), ("haiku", "forward", True), ("torch eager", "step", False), ("torch eager", "forward", False),
+    ]  # fmt: skip
+
+
+def test_markdown(found):
+    text = report.markdown(found)
+    assert "| batch_norm 32×56×56×64 f32 | 1e+03 | 1e+03 | 50% | 2.00 | (0.80) | 0.90 | – |" in text
+    assert "4 of 6 comparisons, of which 2 are certain" in text
+    assert "| batch_norm 32×56×56×64 f32, step | Haiku (inexact) | 0.80 | 0.70–0.90 | slower |" in text
+    assert "Missing, so not compared: equinox" in text and "commit abc" in text and "1 rounds dropped" in text
+    assert "| Linen, step, f32 | 2.00 | 1 | 2.00 | batch_norm 32×56×56×64 f32 |" in text
+    assert "| batch_norm 32×56×56×64 f32 | 2 yes | 0.9 no | 50% no | 2 yes | 0.9 no | 1 yes | – | 0.5 yes |" in text
+
+
+@pytest.mark.parametrize("failures", [[], ["layer_norm: wrong"]])
+def test_the_command_reports_what_was_measured_and_fails_where_jnorm_is_wrong(found, failures, tmp_path, monkeypatch, capsys):
+    found["retained"]["failures"] = failures
+    (tmp_path / "run.json").write_text(json.dumps(found))
+    outputs = ["--markdown", str(tmp_path / "t.md"), "--png", str(tmp_path / "p.png")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--from-json", str(tmp_path / "run.json"), *outputs])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == bool(failures)
+    assert (tmp_path / "p.png").stat().st_size > 10_000 and (tmp_path / "t.md").read_text() == report.markdown(found)
+    printed = capsys.readouterr()
+    assert "Where jnorm is slower" in printed.out
+    assert ("WRONG: retained: layer_norm: wrong" in printed.err) == bool(failures)
+
+
+def parsed(*arguments):
+    return options.parser("").parse_args(arguments)
+
+
+def test_command_line():
+    request = options.request_of(parsed("--norm", "batch_norm", "--shape", "32,56,56,64", "--dtype", "f32", "--peers", "flax"))
+    assert (request.shape, request.dtypes, request.only, request.rounds) == ((32, 56, 56, 64), ["float32"], ["cases"], 9)
+    assert options.request_of(parsed()).only == list(options.PARTS)
+    assert options.request_of(parsed("--quick")).rounds == 3 and "torch compile" not in options.request_of(parsed("--quick")).peers
+    assert options.allocators(parsed()) == ("retained", "default") and options.allocators(parsed("--quick")) == ("retained",)
+    assert peers.chosen(["flax"]) == ["jnorm native", "jnorm xla", "flax.linen", "flax.linen slow variance", "flax.nnx"]
+    with pytest.raises(ValueError, match="no peer begins with numpy"):
+        peers.chosen(["numpy"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--norm", "nope"], "no nope; there are batch_norm"), (["--shape", "3,x"], "a shape is like"), (["--dtype", "f64"], "f32, bf16")],
+)
+def test_bad_command_lines(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parsed(*arguments)
+    assert message in capsys.readouterr().err
