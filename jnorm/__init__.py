@@ -5,6 +5,8 @@ reparametrizations of weights; `jnorm.linen` and `jnorm.nnx`, which are imported
 """
 
 from . import reparam as reparam
+from ._norms.add_norm import add_layer_norm as add_layer_norm
+from ._norms.add_norm import add_rms_norm as add_rms_norm
 from ._norms.batch_norm import batch_norm as batch_norm
 from ._norms.batch_norm import batch_norm_state as batch_norm_state
 from ._norms.group_norm import group_norm as group_norm
@@ -22,6 +24,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Stats",
+    "add_layer_norm",
+    "add_rms_norm",
     "batch_norm",
     "batch_norm_state",
     "combine",

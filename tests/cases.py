@@ -41,6 +41,11 @@ class Case:
         return self.norm == "tracked_instance_norm"
 
     @property
+    def adds(self):
+        """The residual is added before the norm, and the sum comes out too: `call` gives y alone, test_add_norm.py looks at both."""
+        return self.norm.startswith("add_")
+
+    @property
     def evaluate(self):
         return self.options.get("use_running_average", False)
 
@@ -75,15 +80,20 @@ def instance(name, kept=CHANNEL, **changes):
 
 
 def layer(name, kept, **changes):
-    return case(name, "layer_norm", kept, **changes)
+    return case(name, kept=kept, **{"norm": "layer_norm"} | changes)
 
 
 def rms(name, kept, **changes):
-    return case(name, "rms_norm", kept, **({"affine": ("scale",), "about_zero": True} | changes))
+    return case(name, kept=kept, **{"norm": "rms_norm", "affine": ("scale",), "about_zero": True} | changes)
+
+
+def added(name, norm, kept=None, **changes):
+    return (layer if "layer" in norm else rms)(name, kept or ROWS, **{"norm": norm, "residual": True} | changes)
 
 
 ROWS = {0: 1, 1: 1, 2: 1}
 SAMPLES = {0: 1}
+LEADING, OF_LEADING = {1: 1, 2: 1, 3: 1}, {"reduction_axes": 0, "feature_axes": 0}
 CASES = [
     batch("batch_norm"),
     batch("batch_norm_matrix", {1: 1}, shape=(12, 5), features=(1,)),
@@ -101,11 +111,15 @@ CASES = [
     layer("layer_norm_samples", SAMPLES, options={"reduction_axes": (1, 2, 3)}),
     layer("layer_norm_mask", ROWS, mask=(6,)),
     layer("layer_norm_two_features", {0: 1, 1: 1}, options={"reduction_axes": (-2, -1), "feature_axes": (-2, -1)}, features=(2, 3)),
-    layer("layer_norm_leading", {1: 1, 2: 1, 3: 1}, options={"reduction_axes": 0, "feature_axes": 0}, features=(0,), affine=("scale",)),
+    layer("layer_norm_leading", LEADING, options=OF_LEADING, features=(0,), affine=("scale",)),
     layer("layer_norm_spatial", CHANNEL, options={"reduction_axes": (1, 2), "epsilon": 1e-3}, epsilon=1e-3, affine=("bias",)),
     rms("rms_norm", ROWS),
     rms("rms_norm_mask", SAMPLES, options={"reduction_axes": (1, 2, 3)}, mask=(4, 3, 1, 1)),
-    rms("rms_norm_leading", {1: 1, 2: 1, 3: 1}, options={"reduction_axes": 0, "feature_axes": 0}, features=(0,), affine=()),
+    rms("rms_norm_leading", LEADING, options=OF_LEADING, features=(0,), affine=()),
+    added("add_layer_norm", "add_layer_norm"),
+    added("add_layer_norm_mask", "add_layer_norm", SAMPLES, options={"reduction_axes": (1, 2, 3)}, mask=(4, 3, 1, 6)),
+    added("add_rms_norm", "add_rms_norm"),
+    added("add_rms_norm_leading", "add_rms_norm", LEADING, options=OF_LEADING, features=(0,), affine=(), mask=(4, 1, 2, 6)),
     group("group_norm", {0: 1, 3: 2}, options={"num_groups": 3}),
     group("group_norm_mask", {0: 1, 3: 3}, options={"group_size": 3}, mask=(3, 2, 1)),
     group("group_norm_gelu", {0: 1, 3: 2}, options={"group_size": 2, "activation": "gelu"}, act="gelu"),
@@ -129,6 +143,8 @@ CLASSES = {  # norm -> its class in jnorm.linen and in jnorm.nnx
     "batch_norm": "BatchNorm",
     "layer_norm": "LayerNorm",
     "rms_norm": "RMSNorm",
+    "add_layer_norm": "AddLayerNorm",
+    "add_rms_norm": "AddRMSNorm",
     "group_norm": "GroupNorm",
     "instance_norm": "InstanceNorm",
     "tracked_instance_norm": "TrackedInstanceNorm",
@@ -176,8 +192,12 @@ def call(case, given, **options):
     given = {k: v for k, v in given.items() if k != "dy"}
     options = {**case.options, **options}
     if "state" not in given:
-        return getattr(jnorm, case.norm)(given.pop("x"), **given, **options), None
+        return y_of(case, getattr(jnorm, case.norm)(given.pop("x"), **given, **options)), None
     return getattr(jnorm, case.norm)(given.pop("x"), given.pop("state"), **given, **options)
+
+
+def y_of(case, out):
+    return out[0] if case.adds else out
 
 
 def constructor_options(case):
@@ -189,7 +209,7 @@ def constructor_options(case):
         options["num_groups"] = None
     if case.state:
         options |= {"use_running_average": case.evaluate, "track_count": case.state == "count"}
-    return options | {f"use_{name}": name in case.affine for name in ("scale", "bias")[: 1 if case.norm == "rms_norm" else 2]}
+    return options | {f"use_{name}": name in case.affine for name in ("scale", "bias")[: 1 if "rms_norm" in case.norm else 2]}
 
 
 def call_options(given):
@@ -218,7 +238,7 @@ def call_linen(case, given, **options):
     """As `call`, through the Linen module; the options go to its constructor."""
     module, variables = linen_module(case, given, **options)
     if case.state is None:
-        return module.apply(variables, given["x"], **call_options(given)), None
+        return y_of(case, module.apply(variables, given["x"], **call_options(given))), None
     y, updates = module.apply(variables, given["x"], **call_options(given), mutable=["batch_stats"])
     return y, updates["batch_stats"]
 
@@ -226,7 +246,7 @@ def call_linen(case, given, **options):
 def call_nnx(case, given, **options):
     """As `call`, through the NNX module; the options go to its constructor, and the state comes back in the shapes that it was given in."""
     module = nnx_module(case, given, **options)
-    y = module(given["x"], **call_options(given))
+    y = y_of(case, module(given["x"], **call_options(given)))
     if case.state is None:
         return y, None
     return y, {k: getattr(module, k)[...].reshape(np.shape(v)) for k, v in given["state"].items()}
@@ -252,6 +272,9 @@ def oracle(case, given, act="case", **changes):
     """-> (Answer, state); state None for a norm without one."""
     x, state = given["x"], given.get("state")
     ids = oracles.sets(x.shape, changes.pop("kept", case.kept))
+    residual = given.get("residual")
+    if case.adds:
+        x, residual = x + residual, None
     evaluate, running = case.evaluate, None
     if state is not None and (evaluate or not case.tracked):
         samples = x.shape[0] if case.tracked else 1
@@ -262,13 +285,14 @@ def oracle(case, given, act="case", **changes):
         oracles.Affine(case.features, given.get("scale"), given.get("bias")),
         given["dy"],
         mask=given.get("mask"),
-        residual=given.get("residual"),
+        residual=residual,
         act=case.act if act == "case" else act,
         epsilon=case.epsilon,
         about_zero=case.about_zero,
         running=running,
         evaluate=evaluate,
     )
+    answer = answer._replace(dresidual=answer.dx) if case.adds else answer
     return answer, None if state is None else updated(case, given, answer.moments)
 
 

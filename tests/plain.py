@@ -41,10 +41,10 @@ def place(a, case, x):
 
 def norm(case, given):
     """y of `cases.call`, for the case's own options."""
-    x = jnp.asarray(given["x"])
+    x = jnp.asarray(given["x"]) + (given["residual"] if case.adds else 0)
     mask = np.broadcast_to(given["mask"] != 0, x.shape) if "mask" in given else np.ones(x.shape, bool)
     z = standardized(case, x, mask, given.get("state"))
     z = z * place(given["scale"], case, x) if "scale" in given else z
     z = z + place(given["bias"], case, x) if "bias" in given else z
-    z = z + given["residual"] if "residual" in given else z
+    z = z + given["residual"] if "residual" in given and not case.adds else z
     return activation(case.act)(z)

@@ -13,6 +13,8 @@ NORMS = {
     "batch_norm": lambda x, **kw: jnorm.batch_norm(x, STATE, **kw)[0],
     "layer_norm": jnorm.layer_norm,
     "rms_norm": jnorm.rms_norm,
+    "add_layer_norm": lambda x, **kw: jnorm.add_layer_norm(x, x, **kw)[0],
+    "add_rms_norm": lambda x, **kw: jnorm.add_rms_norm(x, x, **kw)[0],
     "group_norm": lambda x, **kw: jnorm.group_norm(x, **({"num_groups": 3} | kw)),
     "instance_norm": jnorm.instance_norm,
     "tracked_instance_norm": lambda x, **kw: jnorm.tracked_instance_norm(x, STATE, **kw)[0],

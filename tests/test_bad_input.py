@@ -62,15 +62,26 @@ def test_scale_of_the_wrong_shape(norm):
         norm(X, scale=np.ones(5, np.float32))
 
 
-@pytest.mark.parametrize("name", [n for n in NORMS if n != "rms_norm"])
+@pytest.mark.parametrize("name", [n for n in NORMS if "rms_norm" not in n])
 def test_bias_of_the_wrong_shape(name):
     with refuses("bias", "(1, 6)", "(6,)"):
         NORMS[name](X, bias=np.ones((1, 6), np.float32))
 
 
-def test_residual_of_the_wrong_shape():
+ADDING = pytest.mark.parametrize("norm", [batch_norm, *(functools.partial(f, X) for f in (jnorm.add_layer_norm, jnorm.add_rms_norm))])
+
+
+@ADDING
+def test_residual_of_the_wrong_shape(norm):
     with refuses("residual", "(4, 3, 2, 6)", "(4, 6)"):
-        batch_norm(residual=np.ones((4, 6), np.float32))
+        norm(residual=np.ones((4, 6), np.float32))
+
+
+@ADDING
+@pytest.mark.parametrize("kind", ["int32", "bool", "complex64"])
+def test_residual_of_another_kind(norm, kind):
+    with refuses("residual", kind, kind=TypeError):
+        norm(residual=X.astype(kind))
 
 
 @each_norm
@@ -122,7 +133,7 @@ def test_state_that_is_no_dict(norm):
 
 # --- axes -------------------------------------------------------------------------------------------------------------------
 
-REDUCING = pytest.mark.parametrize("norm", [jnorm.layer_norm, jnorm.rms_norm, jnorm.instance_norm, jnorm.moments, NORMS["group_norm"]])
+REDUCING = pytest.mark.parametrize("norm", [NORMS[n] for n in NORMS if "batch" not in n and "tracked" not in n] + [jnorm.moments])
 
 
 @REDUCING

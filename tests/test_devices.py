@@ -66,7 +66,7 @@ def test_evaluation_needs_no_axis(mode, rng):
 
 
 BOTH = ["batch_norm_relu_residual", "batch_norm_counted", "layer_norm_samples", "group_norm", "instance_norm", "tracked_instance_norm"]
-AUTO = [(c.name, "batch") for c in PLAIN] + [(name, "batch and height") for name in BOTH]
+AUTO = [(c.name, "batch") for c in [*PLAIN, BY_NAME["add_layer_norm"]]] + [(name, "batch and height") for name in BOTH]
 
 
 @pytest.mark.parametrize(("name", "sharded"), AUTO)
@@ -80,7 +80,7 @@ def test_jit_over_sharded_arrays(name, sharded, rng):
     assert len(y.sharding.device_set) == 8 and not y.sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "batch_norm", "instance_norm"])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "batch_norm", "instance_norm"])
 def test_jit_over_a_sharded_feature_axis(name):
     case = replace(BY_NAME[name], shape=(4, 2, 2, 16))
     given = cases.inputs(case)
@@ -125,7 +125,7 @@ def test_positions_over_devices(name, check_vma, rng):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
 def test_features_over_devices(name, check_vma):
     """Each device has its slice of the row, of scale and of bias."""
     case = replace(BY_NAME[name], shape=(4, 16), kept={0: 1}, features=(1,))
@@ -261,7 +261,7 @@ def test_an_axis_over_which_x_is_the_same(rng):
     check(case, given, *distributed.by_shard_map(local, given, ("a", "b"), spec=P("a"), shape=(2, 4)))
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "group_norm"])
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "add_layer_norm", "group_norm"])
 def test_explicit_mesh(name, rng):
     """Sharding in types: y has x's."""
     case, given = whole_batch(name, rng)

@@ -19,7 +19,8 @@ def name_of(case):
     return case.name
 
 
-SOME = [*PLAIN, BY_NAME["batch_norm_relu_residual"], BY_NAME["layer_norm_mask"], BY_NAME["group_norm_gelu"]]
+MORE = ["batch_norm_relu_residual", "layer_norm_mask", "group_norm_gelu", "add_layer_norm", "add_rms_norm"]
+SOME = [*PLAIN, *(BY_NAME[name] for name in MORE)]
 
 
 @pytest.mark.parametrize("case", SOME, ids=name_of)

@@ -32,6 +32,10 @@ BOTH = {  # name -> class, options
     "LayerNorm_two_axes": ("LayerNorm", {"reduction_axes": (1, 2, 3), "feature_axes": (1, -1)}),
     "RMSNorm": ("RMSNorm", {}),
     "RMSNorm_no_scale": ("RMSNorm", {"use_scale": False}),
+    "AddLayerNorm": ("AddLayerNorm", {}),
+    "AddLayerNorm_two_axes": ("AddLayerNorm", {"reduction_axes": (1, 2, 3), "feature_axes": (1, -1), "param_dtype": jnp.bfloat16}),
+    "AddRMSNorm": ("AddRMSNorm", {}),
+    "AddRMSNorm_no_scale": ("AddRMSNorm", {"use_scale": False}),
     "GroupNorm": ("GroupNorm", {"num_groups": 2}),
     "GroupNorm_size": ("GroupNorm", {"num_groups": None, "group_size": 2, "use_scale": False}),
     "GroupNorm_channels_first": ("GroupNorm", {"num_groups": 2, "feature_axes": 1}),
@@ -75,7 +79,8 @@ def linen_tree(api, name, options):
         else {}
     )
     module = getattr(api, name)(*wrapped, **options)
-    variables = jax.eval_shape(functools.partial(module.init, **call), jax.random.key(0), jnp.zeros(X))
+    inputs = [jnp.zeros(X)] * (2 if name.startswith("Add") else 1)
+    variables = jax.eval_shape(functools.partial(module.init, **call), jax.random.key(0), *inputs)
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     return {"/".join(k.key for k in path): f"{a.dtype.name} {list(a.shape)}" for path, a in leaves}
 

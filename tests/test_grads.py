@@ -104,7 +104,9 @@ def test_second_order(case, mode, x64):
     close(ours, theirs, case.name)
 
 
-@pytest.mark.parametrize("name", ["batch_norm_relu_residual", "layer_norm_mask", "rms_norm", "group_norm", "tracked_instance_norm_mask"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm_relu_residual", "layer_norm_mask", "rms_norm", "add_layer_norm", "group_norm", "tracked_instance_norm_mask"]
+)
 def test_numerical_gradients_to_second_order(name, x64):
     case = BY_NAME[name]
     inner, rest = cases.split(case, on(case))
@@ -167,6 +169,8 @@ UNITS = [
 ]
 FUSED = [
     "layer_norm",
+    "add_layer_norm",
+    "add_rms_norm_leading",
     "rms_norm_mask",
     "group_norm",
     "group_norm_gelu",

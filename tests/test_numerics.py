@@ -59,14 +59,14 @@ ITEMS = [  # item, what makes x, dtype, shape, norms
     ("long sums at mean 1e4", offset_1e4, "float32", (4096, 1, 1, 6), ["batch_norm"]),
     ("rows at 100", rows(1e2), "float32", ROWS16, ["layer_norm"]),
     ("rows at 1e3", rows(1e3), "float32", ROWS16, ["layer_norm"]),
-    ("rows at 1e4", rows(1e4), "float32", ROWS16, ["layer_norm", "layer_norm_samples"]),
+    ("rows at 1e4", rows(1e4), "float32", ROWS16, ["layer_norm", "layer_norm_samples", "add_layer_norm"]),
     ("outlier first", outlier, "float32", BIG, ["batch_norm", "group_norm", "instance_norm", "tracked_instance_norm"]),
     ("outlier first in a row", outlier_in_row, "float32", ROWS16, ["layer_norm", "rms_norm"]),
-    ("1e30", times(1e30), "float32", ROWS16, ["layer_norm", "rms_norm", "layer_norm_samples", "rms_norm_mask"]),
+    ("1e30", times(1e30), "float32", ROWS16, ["layer_norm", "rms_norm", "layer_norm_samples", "rms_norm_mask", "add_layer_norm"]),
     ("1e16", times(1e16), "float32", BIG, ["batch_norm", "group_norm", "instance_norm"]),
     ("1e-12", times(1e-12), "float32", BIG, [*CENTERED, "rms_norm"]),
-    ("float16 squares overflow", times(8e3, 2e4), "float16", BIG, [*CENTERED, "rms_norm"]),
-    ("bfloat16 mean 20", times(1, 20), "bfloat16", BIG, [*CENTERED, "rms_norm"]),
+    ("float16 squares overflow", times(8e3, 2e4), "float16", BIG, [*CENTERED, "rms_norm", "add_rms_norm"]),
+    ("bfloat16 mean 20", times(1, 20), "bfloat16", BIG, [*CENTERED, "rms_norm", "add_layer_norm"]),
 ]
 EACH = [(item, make, dtype, shape, norm) for item, make, dtype, shape, norms in ITEMS for norm in norms]
 

@@ -20,7 +20,16 @@ import jnorm.nnx
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = pathlib.Path(jnorm.__file__).parent
-NORMS = ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "tracked_instance_norm"]
+NORMS = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "rms_norm",
+    "tracked_instance_norm",
+]
 FUNCTIONS = [n for n in jnorm.__all__ if inspect.isfunction(getattr(jnorm, n))]
 REPARAMETRIZATIONS = [getattr(jnorm.reparam, n) for n in jnorm.reparam.__all__]
 CLASSES = [getattr(api, n) for api in (jnorm.linen, jnorm.nnx) for n in api.__all__]
@@ -175,7 +184,7 @@ def test_docstring_of_a_norm(function):
 def test_options_are_keyword_only(name):
     kinds = {p.name: p.kind for p in inspect.signature(getattr(jnorm, name)).parameters.values()}
     positional = {n for n, k in kinds.items() if k is inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    assert positional <= {"x", "state", "scale", "bias"}
+    assert positional <= {"x", "state", "scale", "bias"} | ({"residual"} if name.startswith("add_") else set())
     assert {"epsilon", "mask", "axis_name", "axis_index_groups", "dtype", "feature_axes"} <= set(kinds)
 
 
@@ -188,6 +197,8 @@ DEFAULTS = {
         "running_var_correction": 0,
         "feature_axes": -1,
     },
+    "add_layer_norm": {"epsilon": 1e-6, "reduction_axes": -1, "feature_axes": -1},
+    "add_rms_norm": {"epsilon": 1e-6, "reduction_axes": -1, "feature_axes": -1},
     "layer_norm": {"epsilon": 1e-6, "reduction_axes": -1, "feature_axes": -1},
     "rms_norm": {"epsilon": 1e-6, "reduction_axes": -1, "feature_axes": -1},
     "group_norm": {"epsilon": 1e-6, "num_groups": None, "group_size": None, "reduction_axes": None},

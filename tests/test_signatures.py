@@ -190,6 +190,8 @@ variables = bn.init(key, x)
 y = bn.apply(variables, x, mask=x > 0, momentum=jnp.array(0.9), mutable=["batch_stats"])
 jnn.LayerNorm(1e-5, reduction_axes=(1, 2), feature_axes=[-1], name="norm")
 jnn.RMSNorm(use_scale=False, scale_init=nn.initializers.ones)
+jnn.AddLayerNorm(1e-5, use_bias=False).apply(variables, x, x, mask=x > 0)
+jnn.AddRMSNorm(scale_init=nn.initializers.ones)
 jnn.GroupNorm(num_groups=None, group_size=2, activation=jnp.tanh)
 jnn.InstanceNorm(axis_name="batch", axis_index_groups=[[0, 1], [2, 3]])
 jnn.TrackedInstanceNorm(running_var_correction=1)
@@ -200,6 +202,7 @@ jnn.BatchNorm(momentun=0.9)  # error
 jnn.BatchNorm(momentum="0.9")  # error
 jnn.LayerNorm(use_bias=3)  # error
 jnn.RMSNorm(use_bias=False)  # error
+jnn.AddRMSNorm(use_bias=False)  # error
 jnn.GroupNorm(num_groups=2.5)  # error
 jnn.InstanceNorm(reduction_axes="hw")  # error
 jnn.WeightStandardization(nn.Dense(2), epsilon_mode="middle")  # error
@@ -210,6 +213,8 @@ z: jax.Array = layer(x, use_running_average=True, mask=None, residual=x, update_
 layer.eval()
 jnx.LayerNorm(8, reduction_axes=(1, 2), rngs=rngs)(x, mask=x > 0)
 jnx.RMSNorm(8, use_scale=False, rngs=rngs)(x, None)
+pair: tuple[jax.Array, jax.Array] = jnx.AddLayerNorm(8, use_bias=False, rngs=rngs)(x, x, mask=x > 0)
+pair = jnx.AddRMSNorm(8, rngs=rngs)(x, residual=x)
 jnx.GroupNorm(8, None, 2, activation=jnp.tanh, rngs=rngs)
 jnx.InstanceNorm(8, axis_name=("a", "b"), rngs=rngs)
 jnx.TrackedInstanceNorm(8, running_var_correction=1, rngs=rngs)
@@ -220,6 +225,7 @@ jnx.BatchNorm(8)  # error
 jnx.BatchNorm(8, momentun=0.9, rngs=rngs)  # error
 jnx.LayerNorm("8", rngs=rngs)  # error
 jnx.RMSNorm(8, use_bias=False, rngs=rngs)  # error
+jnx.AddRMSNorm(8, rngs=rngs)(x)  # error
 jnx.GroupNorm(8, num_groups="4", rngs=rngs)  # error
 jnx.WeightNorm(nnx.Linear(2, 2, rngs=rngs), scale=1.0, rngs=rngs)  # error
 layer(x, masks=None)  # error

@@ -11,7 +11,7 @@ import cases
 import jnorm
 from cases import BY_NAME, PLAIN
 
-MORE = ["batch_norm_relu_residual", "batch_norm_mask", "batch_norm_counted", "layer_norm_mask", "batch_norm_evaluate"]
+MORE = ["batch_norm_relu_residual", "batch_norm_mask", "batch_norm_counted", "layer_norm_mask", "batch_norm_evaluate", "add_layer_norm"]
 SOME = [*PLAIN, *(BY_NAME[name] for name in MORE)]
 
 
@@ -63,7 +63,9 @@ def test_vmap(case):
         check(case, pick(given, i, keep), *jax.tree.map(lambda a, i=i: a[i], out))
 
 
-@pytest.mark.parametrize("name", ["batch_norm_mask", "layer_norm", "rms_norm_mask", "group_norm_gelu", "tracked_instance_norm"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm_mask", "layer_norm", "rms_norm_mask", "add_rms_norm", "group_norm_gelu", "tracked_instance_norm"]
+)
 def test_nested_vmap(name):
     case = BY_NAME[name]
     given = stacked(case, 2, 2)

@@ -10,6 +10,13 @@ g = act'·dy·scale, and sums along the row, the derivative and its transpose ar
     row_cotangent(dy)       -> rstd·power·(g - Σg/n - xhat·Σ(g·xhat)/n), Σ act'·dy·xhat, Σ act'·dy
 
 where the sums of dx take counted elements only, and only counted elements receive those of g.
+
+With `adds`, what is normalized is h = x + residual, rounded to the wider dtype of the two, which comes out beside y. It stands for x in the
+derivative, where the tangent of h passes through the ops, so that its cotangent is added to what comes from y in the same pass:
+
+    row_norm(x, residual, ...)       -> y, h, power, center, offset, rstd
+    row_tangent(dh, ds, db; h, ...)  -> dy as above, dh
+    row_cotangent(dy, ch; h, ...)    -> ch + what dx is above, and the sums as above
 """
 
 import functools
@@ -66,10 +73,21 @@ def _power(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], centered: 
     return power
 
 
+def added(x: jax.Array, residual: jax.Array) -> jax.Array:
+    """x + residual in the wider dtype of the two."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.promote_types(x.dtype, residual.dtype)
+    # The barrier has the compiler round the sum before it is normalized, and write it once instead of adding for every read of it.
+    return lax.optimization_barrier(x.astype(dtype) + residual.astype(dtype))
+
+
 def row_norm_form(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *mask: jax.Array, axes: tuple, epsilon: float, centered: bool, act: str | None,
-    dtype: Any, branch: bool, spans: Spans, **_: Any,
+    x: jax.Array, *args: jax.Array, axes: tuple, epsilon: float, centered: bool, adds: bool, act: str | None, dtype: Any, branch: bool,
+    spans: Spans, **_: Any,
 ) -> list[jax.Array]:  # fmt: skip
+    if adds:
+        x, args = added(x, args[0]), args[1:]
+    scale, bias, *mask = args
     m = mask[0] if mask else None
     if branch and not spans(axes):
         stats = _branching_stats(x, m, axes, centered, spans)
@@ -82,7 +100,8 @@ def row_norm_form(
     nothing = (count(x, m, axes, spans) == 0) | (total == 0)
     rstd = jnp.where(nothing, 0, lax.rsqrt(jnp.where(nothing, 1, total)))
     kept = RowStats(power, center, offset, rstd)
-    return [activate(act, _Row(x, kept, scale, bias, m, centered).z()).astype(dtype), *kept]
+    y = activate(act, _Row(x, kept, scale, bias, m, centered).z()).astype(dtype)
+    return [y, *([x] if adds else []), *kept]
 
 
 def _branching_stats(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], centered: bool, spans: Spans) -> tuple:
@@ -137,6 +156,7 @@ def row_tangent_form(
     *args: jax.Array,
     axes: tuple,
     centered: bool,
+    adds: bool,
     act: str | None,
     dtype: Any,
     spans: Spans,
@@ -150,12 +170,14 @@ def row_tangent_form(
     dxhat = row.usable(v) - row.xhat() * isolate(second * row.stats.rstd / n)
     if centered:
         dxhat = dxhat - isolate(first / n)
-    return [times_slope(act, row.z, dxhat * row.scale + ds * row.xhat() + db).astype(dtype)]
+    dy = times_slope(act, row.z, dxhat * row.scale + ds * row.xhat() + db).astype(dtype)
+    return [dy, dx] if adds else [dy]
 
 
 def row_cotangent_form(
-    dy: jax.Array, *args: jax.Array, axes: tuple, scale_axes: tuple, centered: bool, act: str | None, spans: Spans, **_: Any
+    dy: jax.Array, *args: jax.Array, axes: tuple, scale_axes: tuple, centered: bool, adds: bool, act: str | None, spans: Spans, **_: Any
 ) -> list[jax.Array]:
+    passed, args = (args[0], args[1:]) if adds else (None, args)
     row = _Row.of(args, centered)
 
     def g(k: int) -> tuple[_Row, jax.Array]:
@@ -176,9 +198,12 @@ def row_cotangent_form(
     if centered:
         back = back + isolate(first / n)
     dx = (row.usable(g(0)[1] * row.scale) - counted(back, row.mask)) * (row.stats.rstd * row.stats.power)
+    if passed is not None:
+        dx = dx + read(passed)
     return [dx.astype(row.x.dtype), *along_scale()]
 
 
 row_norm = Op("row_norm", functools.partial(row_norm_form, branch=False), cpu_form=functools.partial(row_norm_form, branch=True))
-row_tangent, row_cotangent = Op("row_tangent", row_tangent_form, lambda **_: 3), Op("row_cotangent", row_cotangent_form, lambda **_: 1)
+row_tangent = Op("row_tangent", row_tangent_form, lambda **_: 3)
+row_cotangent = Op("row_cotangent", row_cotangent_form, lambda adds, **_: 2 if adds else 1)
 adjoint(row_tangent, row_cotangent)
