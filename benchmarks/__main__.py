@@ -25,24 +25,28 @@ def child(args: argparse.Namespace) -> None:
     """This process has the environment of its allocator."""
     from .run import run
 
-    args.child.write_text(json.dumps(run(request_of(args))))
+    run(request_of(args), lambda found: args.child.write_text(json.dumps(found)))
 
 
 def runs(args: argparse.Namespace) -> dict[str, Any]:
-    """{allocator: its run}, each in a process of its own."""
+    """{allocator: its run}, each in a process of its own. What one that ended early had measured stays beside the file of --json."""
     found = {}
-    for allocator in allocators(args):
-        extra = machine.RETAINED if allocator == "retained" else {}
-        environment = {k: v for k, v in os.environ.items() if k not in machine.RETAINED} | extra
-        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch shares an accelerator with JAX
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "run.json"
+    with tempfile.TemporaryDirectory() as folder:
+        for allocator in allocators(args):
+            path = args.json.with_suffix(f".{allocator}.json") if args.json else Path(folder) / "run.json"
             command = [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--child", str(path)]
-            done = subprocess.run(command, env=environment)
+            done = subprocess.run(command, env=environment(allocator))
             if done.returncode:
-                sys.exit(done.returncode)
+                sys.exit(f"the run with the {allocator} allocator ended with {done.returncode}" + (f"; see {path}" if args.json else ""))
             found[allocator] = json.loads(path.read_text())
+            path.unlink()
     return found
+
+
+def environment(allocator: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in machine.RETAINED}
+    kept.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch shares an accelerator with JAX
+    return kept | (machine.RETAINED if allocator == "retained" else {})
 
 
 def main() -> None:
@@ -58,10 +62,13 @@ def main() -> None:
     report.show(found)
     if args.markdown:
         args.markdown.write_text(report.markdown(found))
-    if args.png:
-        from . import picture
+    if args.page:
+        args.page.write_text(report.page(found), encoding="utf-8")
+    for path in (args.png, args.page and args.page.parent / "images" / "benchmarks.png"):
+        if path:
+            from . import picture
 
-        picture.draw(found, args.png)
+            picture.draw(found, path)
     failures = [f"{allocator}: {text}" for allocator, run in found.items() for text in run["failures"]]
     for text in failures:
         print(f"WRONG: {text}", file=sys.stderr)

@@ -199,12 +199,11 @@ def peer_row(case: Case, entrant: Entrant, times: Times, limits: dict[str, float
     return found
 
 
-def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """To every peer's forward and step, its time over that of each form of jnorm: above 1, jnorm is faster."""
-    for r in rows:
-        for form in [n for n in r["peers"] if ours(n) and "left_out" not in r["peers"][n]]:
-            for other in r["peers"].values():
-                for what in ("forward", "step"):
-                    if what in other:
-                        ratio = timing.bootstrap_ratio(other[what]["times"], r["peers"][form][what]["times"])
-                        other[what].setdefault("over", {})[form] = dict(zip(("ratio", "low", "high"), ratio, strict=True))
+def with_ratios(row: dict[str, Any]) -> dict[str, Any]:
+    """Adds to every peer's forward and step its time over that of each form of jnorm: above 1, jnorm is faster."""
+    for form in [n for n in row["peers"] if ours(n) and "left_out" not in row["peers"][n]]:
+        for other in row["peers"].values():
+            for what in ("forward", "step"):
+                if what in other:
+                    other[what].setdefault("over", {})[form] = timing.compare(other[what]["times"], row["peers"][form][what]["times"])
+    return row

@@ -139,8 +139,7 @@ def measure(network: Network, dtype: str, rounds: int, tell: Callable[[str], Non
     bare = statistics.median(times["none"])
     for name, row in rows.items():
         row |= timing.summary(times[name]) | {"share": 1 - bare / statistics.median(times[name])}
-        ratio = timing.bootstrap_ratio(times["flax"], times[name])
-        row["over_flax"] = dict(zip(("ratio", "low", "high"), ratio, strict=True))
+        row["over_flax"] = timing.compare(times["flax"], times[name])
     return {"network": network.name, "dtype": dtype, "rounds_dropped": dropped, "variants": rows}
 
 
@@ -208,9 +207,9 @@ def marginal_temp(norm: Callable, form: str, dtype: str, shape: tuple[int, int])
     return (found[1] - found[0]) / (DEPTHS[1] - DEPTHS[0]) / (shape[0] * width * x.dtype.itemsize)
 
 
-def stacks(shape: tuple[int, int] = (4096, 256), tell: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+def stacks(dtypes: list[str], shape: tuple[int, int] = (4096, 256), tell: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         for name, norm in blocks().items():
             forms = ["native", "xla"] if ours.has_native() and "jnorm" in name else ["xla"]
             if "save" in name:

@@ -64,6 +64,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parse.add_argument("--json", type=Path, help="write all that was measured")
     parse.add_argument("--markdown", type=Path, help="write the tables")
     parse.add_argument("--png", type=Path, help="draw the ratios")
+    parse.add_argument("--page", type=Path, help="write the page of the documentation, and its picture to images/ beside it")
     parse.add_argument("--from-json", type=Path, help="measure nothing: report what --json wrote")
     parse.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     return parse

@@ -12,10 +12,12 @@ from matplotlib.axes import Axes
 
 from . import claims
 from .cases import NORMS, short
-from .report import NAMES, shown_name
+from .sections import NAMES, shown_name
 
 MARKS = "osD^vP*X"
 COLORS = ["#1b6ca8", "#7fb2d9", "#0a3d62", "#2e8b57", "#8e6bbf", "#c98a1b", "#d1495b", "#7a2034"]
+
+TITLES = {"step": "training step", "forward": "forward pass alone"}
 
 
 def case_label(row: dict[str, Any]) -> str:
@@ -23,52 +25,57 @@ def case_label(row: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """The first allocator's ratios: step on the left, forward on the right, a row of panels for each dtype."""
+    """The first allocator's ratios: a line for each case, a column for step and forward in each dtype."""
     allocator, run = next(iter(found.items()))
     form = claims.headline(run)
     if form is None:
         raise SystemExit("--png: the run has no cases to draw")
-    dtypes = list(dict.fromkeys(r["dtype"] for r in run["rows"]))
-    by_dtype = {d: sorted((r for r in run["rows"] if r["dtype"] == d), key=lambda r: NORMS.index(r["norm"])) for d in dtypes}
-    heights = [len(rows) + 2 for rows in by_dtype.values()]
-    figure, grid = plt.subplots(
-        len(dtypes), 2, figsize=(13, 1.6 + 0.27 * sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
-    )
-    for line, (dtype, rows) in zip(grid, by_dtype.items(), strict=True):
-        for axes, (what, title) in zip(line, (("step", "training step"), ("forward", "forward pass alone")), strict=True):
-            panel(axes, rows, what, form)
-            axes.set_title(f"{title}, {dtype}", fontsize=11)
-        line[1].tick_params(labelleft=False)
-    handles = {h.get_label(): h for axes in grid.flat for h in axes.get_legend_handles_labels()[0]}
+    rows = sorted(run["rows"], key=lambda r: NORMS.index(r["norm"]))
+    labels = list(dict.fromkeys(map(case_label, rows)))
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
+    columns = [(what, dtype) for what in ("step", "forward") for dtype in dtypes]
+    size = (3.6 * len(columns) + 2.6, 1.9 + 0.27 * len(labels))
+    figure, grid = plt.subplots(1, len(columns), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axes, (what, dtype) in zip(grid[0], columns, strict=True):
+        panel(axes, {labels.index(case_label(r)): r for r in rows if r["dtype"] == dtype}, what, form)
+        axes.set_title(f"{TITLES[what]}, {dtype}", fontsize=11)
+    grid[0][0].set_yticks(range(len(labels)), labels, fontsize=8.5)
+    grid[0][0].set_ylim(len(labels) - 0.4, -0.6)
+    handles = {h.get_label(): h for axes in grid[0] for h in axes.get_legend_handles_labels()[0]}
     order = [label for label in map(shown_name, NAMES) if label in handles]
     figure.legend([handles[o] for o in order], order, loc="outside lower center", ncols=len(order), frameon=False, fontsize=9)
-    m = run["machine"]
-    figure.suptitle(
-        f"Time of the others over {form}'s: right of the line, jnorm is faster (hollow: not exact)\n"
-        f"{m['processor'] if m['platform'] == 'cpu' else m['device']}, {m['cores']} cores, {allocator} allocator, commit {m['commit']}",
-        fontsize=11,
-    )
+    figure.suptitle(title(run, form, allocator), fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def panel(axes: Axes, rows: list[dict[str, Any]], what: str, form: str) -> None:
+def title(run: dict[str, Any], form: str, allocator: str) -> str:
+    m = run["machine"]
+    where = m["processor"] if m["platform"] == "cpu" else m["device"]
+    return (
+        f"Time of the others over that of {form}: right of the line, jnorm is faster (hollow: not exact)\n"
+        f"{where}, {m['cores']} cores, {allocator} allocator, commit {m['commit']}"
+    )
+
+
+def panel(axes: Axes, rows: dict[int, dict[str, Any]], what: str, form: str) -> None:
+    """`rows`: {line: row}."""
+    values = [1.0]
     for i, name in enumerate(NAMES):
-        points = [(y, r["peers"][name]) for y, r in enumerate(rows) if form in r["peers"].get(name, {}).get(what, {}).get("over", {})]
         style: dict[str, Any] = {"marker": MARKS[i], "s": 34, "zorder": 3, "edgecolors": COLORS[i], "linewidths": 1.1}
+        points = {y: r["peers"][name] for y, r in rows.items() if form in r["peers"].get(name, {}).get(what, {}).get("over", {})}
         for inexact in (False, True):
-            chosen = [(y, p[what]["over"][form]["ratio"]) for y, p in points if p["inexact"] == inexact]
+            chosen = {y: p[what]["over"][form]["ratio"] for y, p in points.items() if p["inexact"] == inexact}
+            face, label = ("none", None) if inexact else (COLORS[i], shown_name(name))
             if chosen:
-                ys, values = zip(*chosen, strict=True)
-                axes.scatter(values, ys, facecolors="none" if inexact else COLORS[i], label=None if inexact else shown_name(name), **style)
+                axes.scatter(list(chosen.values()), list(chosen), facecolors=face, label=label, **style)
+            values += chosen.values()
     axes.axvline(1, color="black", linewidth=1.2, zorder=2)
     axes.axvspan(1e-3, 1, color="#d1495b", alpha=0.07, zorder=0)
-    values = [v for c in axes.collections for v in c.get_offsets()[:, 0]] if axes.collections else [1.0]  # type: ignore[index]
+    left, right = min(0.5, min(values) / 1.2), max(4, max(values) * 1.2)
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if left <= t <= right]
     axes.set_xscale("log")
-    axes.set_xlim(min([0.5, *(v / 1.2 for v in values if v > 0)]), max([4, *(v * 1.2 for v in values)]))
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    axes.set_xlim(left, right)
     axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axes.minorticks_off()
-    axes.set_yticks(range(len(rows)), [case_label(r) for r in rows], fontsize=8.5)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="both", color="#dddddd", linewidth=0.6, zorder=1)

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,64 +36,88 @@ def progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], N
         yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)
 
 
-def run(request: Request) -> dict[str, Any]:
-    """The JSON of one run. `failures`: where jnorm differs from float64."""
+def run(request: Request, save: Callable[[dict[str, Any]], object]) -> None:
+    """`save` gets the run after every part of it, so that a long one that is cut off leaves what it measured. Its `failures` say where
+    jnorm is wrong, or fails."""
     platform = jax.devices()[0].platform
     cache = machine.last_level_cache(platform)
-    wanted = cases.select(cases.every_case(request.suite, platform, cache), request.norms, request.ops, request.shape, request.dtypes)
-    wanted = wanted if "cases" in request.only else []
+    suite = cases.every_case(request.suite, platform, cache)
+    wanted = cases.select(suite, request.norms, request.ops, request.shape, request.dtypes) if "cases" in request.only else []
     jobs = network_jobs(request) if "networks" in request.only else []
+    counts = [part for part in ("stacks", "collectives") if part in request.only]
+    found = start(request)
+    with progress(len(wanted) + len(jobs) + len(counts)) as (tell, advance):
+
+        def done() -> None:
+            save(found)
+            advance()
+
+        if wanted:
+            tell("bandwidth of a copy")
+            run_cases(request, wanted, cache, found, tell, done)
+        for network, dtype in jobs:
+            with failing(found, f"{network.name}, {dtype}"):
+                found["networks"].append(networks.measure(network, dtype, request.rounds, tell))
+            done()
+        for part in counts:
+            tell(part)
+            with failing(found, part):
+                found[part] = networks.stacks(dtypes_of(request), tell=tell) if part == "stacks" else collectives.counted()
+            done()
+    save(found)
+
+
+def start(request: Request) -> dict[str, Any]:
+    """A run in which nothing is measured yet."""
     names = peers.chosen(request.peers)
-    found: dict[str, Any] = {
+    missing = peers.missing(names)
+    return {
         "machine": machine.describe(jax.devices()),
         "kernels": ours.status(),
-        "missing": peers.missing(names),
-        "peers": [n for n in names if n not in peers.missing(names)],
+        "missing": missing,
+        "peers": [n for n in names if n not in missing],
         "rounds": request.rounds,
         "rows": [],
         "networks": [],
         "failures": [],
     }
-    with progress(len(wanted) + len(jobs) + len({"stacks", "collectives"} & set(request.only))) as (tell, done):
-        if wanted:
-            tell("bandwidth of a copy")
-            found |= run_cases(request, wanted, found["peers"], platform, cache, found["failures"], tell, done)
-        for network, dtype in jobs:
-            found["networks"].append(networks.measure(network, dtype, request.rounds, tell))
-            done()
-        if "stacks" in request.only:
-            found["stacks"] = networks.stacks(tell=tell)
-            done()
-        if "collectives" in request.only:
-            tell("collectives over 8 devices")
-            found["collectives"] = collectives.counted()
-            done()
-    return found
+
+
+@contextlib.contextmanager
+def failing(found: dict[str, Any], what: str) -> Iterator[None]:
+    """What fails here is jnorm's, since that of a peer is caught where it is: it is told at the end, and in the exit status."""
+    try:
+        yield
+    except measure.GateFailure as failure:
+        found["failures"].append(str(failure))
+    except Exception as error:
+        traceback.print_exc()
+        found["failures"].append(f"{what}: {type(error).__name__}: {error}")
 
 
 def network_jobs(request: Request) -> list[tuple[networks.Network, str]]:
     found = [networks.QUICK_BLOCK] if request.suite == "quick" else [networks.CNN, networks.BLOCK]
-    dtypes = ["float32"] if request.suite == "quick" else ["float32", "bfloat16"]
-    return [(n, d) for n in found for d in dtypes if not request.dtypes or d in request.dtypes]
+    return [(network, dtype) for network in found for dtype in dtypes_of(request)]
 
 
-def run_cases(
-    request: Request, wanted: list[cases.Case], names: list[str], platform: str, cache: int, failures: list[str], tell: Any, done: Any
-) -> dict[str, Any]:
+def dtypes_of(request: Request) -> list[str]:
+    """Of the networks."""
+    return request.dtypes or (["float32"] if request.suite == "quick" else list(cases.BYTES))
+
+
+def run_cases(request: Request, wanted: list[cases.Case], cache: int, found: dict[str, Any], tell: Any, done: Any) -> None:
     memory = bandwidth.of_memory(cache)
-    torch = TorchProcess(platform) if any(n in peers.TORCH_PEERS for n in names) else None
+    found["memory_bandwidth"] = {"before": memory}
+    names = found["peers"]
+    torch = TorchProcess(found["machine"]["platform"]) if any(n in peers.TORCH_PEERS for n in names) else None
     setting = measure.Setting(names, request.rounds, cache, memory["best"], torch, request.all_ways)
-    rows = []
     try:
         for case in wanted:
-            try:
-                rows.append(measure.measure(case, setting, tell))
-            except measure.GateFailure as failure:
-                failures.append(str(failure))
+            with failing(found, case.name):
+                found["rows"].append(measure.with_ratios(measure.measure(case, setting, tell)))
             done()
     finally:
         if torch is not None:
             torch.close()
-    measure.add_ratios(rows)
-    after = bandwidth.of_memory(cache)
-    return {"rows": rows, "memory_bandwidth": {"before": memory, "after": after}, "torch": torch.about if torch else None}
+    found["memory_bandwidth"]["after"] = bandwidth.of_memory(cache)
+    found["torch"] = torch.about if torch else None

@@ -79,6 +79,12 @@ def bootstrap_ratio(a: Sequence[float], b: Sequence[float], samples: int = 2000,
     return float(np.median(one) / np.median(two)), float(low), float(high)
 
 
+def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """The ratio of the medians with its interval, and that of the minima."""
+    ratio, low, high = bootstrap_ratio(a, b)
+    return {"ratio": ratio, "low": low, "high": high, "minima": min(a) / min(b)}
+
+
 def summary(times: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "min": min(times), "rounds": len(times)}
 

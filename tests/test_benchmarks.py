@@ -12,7 +12,23 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import __main__ as command
-from benchmarks import calling, cases, claims, collectives, hlo, machine, measure, memory, networks, options, oracle, peers, report, timing
+from benchmarks import (
+    calling,
+    cases,
+    claims,
+    collectives,
+    hlo,
+    machine,
+    measure,
+    memory,
+    networks,
+    options,
+    oracle,
+    peers,
+    report,
+    sections,
+    timing,
+)
 from benchmarks.cases import Case
 from benchmarks.peers import ours
 
@@ -162,8 +178,7 @@ def setting(names, **changes):
 
 def test_a_row():
     case = case_of("batch_norm", "act", shape=TINY["batch_norm"])
-    row = measure.measure(case, setting(["jnorm xla", "flax.linen", "torch eager"]))
-    measure.add_ratios([row])
+    row = measure.with_ratios(measure.measure(case, setting(["jnorm xla", "flax.linen", "torch eager"])))
     assert json.loads(json.dumps(row))["name"] == "batch_norm + relu 4×3×3×32 f32"
     assert row["peers"]["torch eager"] == {"left_out": "PyTorch is not installed"}
     mine, theirs = row["peers"]["jnorm xla"], row["peers"]["flax.linen"]
@@ -347,9 +362,9 @@ def test_a_compiled_program_is_counted():
 def peer(seconds, over=None, inexact=False):
     timed = {"median": seconds, "min": seconds, "of_limit": 0.5, "way": "one", "times": [seconds] * 3}
     if over:
-        timed["over"] = {"jnorm xla": dict(zip(("ratio", "low", "high"), over, strict=True))}
+        timed["over"] = {"jnorm xla": dict(zip(("ratio", "low", "high", "minima"), (*over, 1.0), strict=True))}
     memory = {"residuals": 1.0, "step": {"temp": 0.0, "peak": 4.0, "kernels": 9, "traffic": 8.0}}
-    return {"step": timed, "forward": timed, "inexact": inexact, "memory": memory, "errors": {}, "trial": {}}
+    return {"step": timed, "forward": timed, "inexact": inexact, "memory": memory, "errors": {"y": 1e-6}, "trial": {}}
 
 
 @pytest.fixture
@@ -357,7 +372,8 @@ def found():
     """A run in which jnorm is 2 times as fast as Linen, surely slower than Haiku, and perhaps slower than PyTorch."""
     case = Case("batch_norm", (32, 56, 56, 64))
     others = {"flax.linen": peer(2, (2, 1.9, 2.1)), "haiku": peer(0.8, (0.8, 0.7, 0.9), True), "torch eager": peer(0.9, (0.9, 0.8, 1.2))}
-    row = dataclasses.asdict(case) | {"name": case.name, "bytes": case.bytes, "rounds_dropped": 1}
+    row = dataclasses.asdict(case) | {"name": case.name, "bytes": case.bytes, "rounds_dropped": 1, "tolerance": 1e-5}
+    row["bandwidth"] = {"own_size": 3e10, "memory": 2e10, "used": "own_size"}
     row["peers"] = {"jnorm native": {"left_out": "none"}, "jnorm xla": peer(1, (1, 1, 1)), **others, "keras": {"left_out": "gone"}}
     about = machine.describe(jax.devices()) | {"processor": "a processor", "commit": "abc"}
     bandwidths = {"before": {"best": 2e10}, "after": {"best": 2.1e10}}
@@ -372,7 +388,7 @@ def found():
 
 
 def test_losses_are_listed(found):
-    listed = report.losses(found["retained"], "jnorm xla")
+    listed = sections.losses(found["retained"], "jnorm xla")
     assert [(one["peer"], one["what"], one["clear"]) for one in listed] == [
         ("haiku", "step", True), ("haiku", "forward", True), ("torch eager", "step", False), ("torch eager", "forward", False),
     ]  # fmt: skip
@@ -384,6 +400,7 @@ def test_markdown(found):
     assert "4 of 6 comparisons, of which 2 are certain" in text
     assert "| batch_norm 32×56×56×64 f32, step | Haiku (inexact) | 0.80 | 0.70–0.90 | slower |" in text
     assert "Missing, so not compared: equinox" in text and "commit abc" in text and "1 rounds dropped" in text
+    assert "| step, Linen | one | 2e+03 | 2e+03 | 2.00 | 1.90–2.10 | 1.00 | 50% | 1e-06 |" in text
     assert "| Linen, step, f32 | 2.00 | 1 | 2.00 | batch_norm 32×56×56×64 f32 |" in text
     assert "| batch_norm 32×56×56×64 f32 | 2 yes | 0.9 no | 50% no | 2 yes | 0.9 no | 1 yes | – | 0.5 yes |" in text
 
@@ -392,12 +409,14 @@ def test_markdown(found):
 def test_the_command_reports_what_was_measured_and_fails_where_jnorm_is_wrong(found, failures, tmp_path, monkeypatch, capsys):
     found["retained"]["failures"] = failures
     (tmp_path / "run.json").write_text(json.dumps(found))
-    outputs = ["--markdown", str(tmp_path / "t.md"), "--png", str(tmp_path / "p.png")]
+    (tmp_path / "images").mkdir()
+    outputs = ["--markdown", str(tmp_path / "t.md"), "--png", str(tmp_path / "p.png"), "--page", str(tmp_path / "page.md")]
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--from-json", str(tmp_path / "run.json"), *outputs])
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code == bool(failures)
     assert (tmp_path / "p.png").stat().st_size > 10_000 and (tmp_path / "t.md").read_text() == report.markdown(found)
+    assert (tmp_path / "page.md").read_text().endswith(report.markdown(found)) and (tmp_path / "images" / "benchmarks.png").exists()
     printed = capsys.readouterr()
     assert "Where jnorm is slower" in printed.out
     assert ("WRONG: retained: layer_norm: wrong" in printed.err) == bool(failures)
