@@ -18,6 +18,7 @@ import jnorm
 import jnorm.linen as jnn
 
 from . import timing
+from .oracle import UNIT
 from .peers import ours
 
 RATE = 1e-3
@@ -134,6 +135,7 @@ def measure(network: Network, dtype: str, rounds: int, tell: Callable[[str], Non
         analysis = compiled.memory_analysis()
         rows[name] = {"loss": float(compiled(params, stats, x)[0])} | memory_of(analysis)
         runs[name] = timing.timed(lambda compiled=compiled: compiled(params, stats, x), jax.block_until_ready)
+    check_losses(network.name, dtype, {name: row["loss"] for name, row in rows.items() if name != "none"})
     tell(f"{network.name}, {dtype}: {rounds} rounds")
     times, dropped = timing.interleave(runs, rounds, {name: timing.estimate(run, 2) for name, run in runs.items()})
     bare = statistics.median(times["none"])
@@ -141,6 +143,13 @@ def measure(network: Network, dtype: str, rounds: int, tell: Callable[[str], Non
         row |= timing.summary(times[name]) | {"share": 1 - bare / statistics.median(times[name])}
         row["over_flax"] = timing.compare(times["flax"], times[name])
     return {"network": network.name, "dtype": dtype, "rounds_dropped": dropped, "variants": rows}
+
+
+def check_losses(network: str, dtype: str, losses: dict[str, float]) -> None:
+    """In float32 the same weights must give the same loss: about 50 layers of 16 roundings are between. bfloat16 would say nothing."""
+    for name, loss in losses.items():
+        if dtype == "float32" and not abs(loss / losses["flax"] - 1) < 50 * 16 * UNIT[dtype]:
+            raise ValueError(f"{network}: the loss with {name} is {loss}, with flax {losses['flax']}")
 
 
 def memory_of(analysis: Any) -> dict[str, int]:

@@ -445,3 +445,11 @@ def test_bad_command_lines(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parsed(*arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", [2.001, float("nan")])
+def test_networks_that_do_not_compute_the_same_are_an_error(loss):
+    networks.check_losses("net", "float32", {"flax": 2.0, "jnorm, xla": 2.00001})
+    networks.check_losses("net", "bfloat16", {"flax": 2.0, "jnorm, xla": 2.1})
+    with pytest.raises(ValueError, match="the loss with jnorm, xla is"):
+        networks.check_losses("net", "float32", {"flax": 2.0, "jnorm, xla": loss})
