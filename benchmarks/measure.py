@@ -89,8 +89,9 @@ def enter(name: str, case: Case, setting: Setting, given: oracle.Arrays, wanted:
             raise
         entrant.left_out = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
         entrant.runs.clear()
-    if ours(name) and entrant.errors and max(entrant.errors.values()) > oracle.tolerance(case):
-        raise GateFailure(f"{case.name}, {name}: errors {entrant.errors}, allowed {oracle.tolerance(case):.1e}")
+    allowed = oracle.tolerance(case, fused=True)
+    if ours(name) and entrant.errors and max(entrant.errors.values()) > allowed:
+        raise GateFailure(f"{case.name}, {name}: errors {entrant.errors}, allowed {allowed:.1e}")
     if entrant.ways:
         keep_near_best(entrant)
     return entrant

@@ -453,3 +453,11 @@ def test_networks_that_do_not_compute_the_same_are_an_error(loss):
     networks.check_losses("net", "bfloat16", {"flax": 2.0, "jnorm, xla": 2.1})
     with pytest.raises(ValueError, match="the loss with jnorm, xla is"):
         networks.check_losses("net", "float32", {"flax": 2.0, "jnorm, xla": loss})
+
+
+def test_tolerances_grow_with_what_is_around_the_norm():
+    """float32 counts for little beside bfloat16's 2⁻⁹."""
+    unit, shape = oracle.UNIT["bfloat16"], (64, 64)
+    plain, add = (oracle.tolerance(Case("layer_norm", shape, "bfloat16", op), fused=True) for op in ("plain", "add"))
+    silu = Case("group_norm", shape, "bfloat16", "act")
+    assert [round(t / unit) for t in (plain, add, oracle.tolerance(silu), oracle.tolerance(silu, fused=True))] == [4, 6, 12, 4]
