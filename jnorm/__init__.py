@@ -5,6 +5,8 @@ reparametrizations of weights; `jnorm.linen` and `jnorm.nnx`, which are imported
 """
 
 from . import reparam as reparam
+from ._kernels._library import kernels as kernels
+from ._kernels._library import kernels_status as kernels_status
 from ._norms.add_norm import add_layer_norm as add_layer_norm
 from ._norms.add_norm import add_rms_norm as add_rms_norm
 from ._norms.batch_norm import batch_norm as batch_norm
@@ -31,6 +33,8 @@ __all__ = [
     "combine",
     "group_norm",
     "instance_norm",
+    "kernels",
+    "kernels_status",
     "layer_norm",
     "moments",
     "normalize",

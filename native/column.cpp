@@ -61,7 +61,7 @@ template <class A, bool M> struct Point {
 };
 
 template <class A, class S, class Y, Act act, bool R, bool M, int U>
-JNORM_INLINE void apply_panel(const Period<A>& p, const Streams<A, S>& in, Y* y, const Rows& rows, bool streamed) {
+JNORM_INLINE void apply_panel(const Period<A>& p, const Streams<A, S>& in, Y* y, const Rows& rows, bool streamed, Act any) {
   for (int64_t v = 0; v < vectors<A>(rows.length); v++) {
     const int64_t j = start<A>(v, rows.length);
     const V<A> center = load(p.center + j), shift = load(p.shift + j), mul = load(p.mul + j), add = load(p.add + j);
@@ -73,16 +73,17 @@ JNORM_INLINE void apply_panel(const Period<A>& p, const Streams<A, S>& in, Y* y,
       V<A> z = point.inner * mul + add;
       if constexpr (R) z += load(in.residual + i);
       if (streamed) {
-        stream(y + i, activate<act, A>(z));
+        stream(y + i, activate<act, A>(z, any));
       } else {
-        store(y + i, activate<act, A>(z));
+        store(y + i, activate<act, A>(z, any));
       }
     }
   }
 }
 
 template <class A, class S, class Y, Act act, bool R, bool M, int U>
-JNORM_INLINE void sums_panel(const Period<A>& p, const Streams<A, S>& in, const Y* dy, const Rows& rows, A* first, A* second) {
+JNORM_INLINE void sums_panel(const Period<A>& p, const Streams<A, S>& in, const Y* dy, const Rows& rows, A* first, A* second,
+                             Act any) {
   for (int64_t v = 0; v < vectors<A>(rows.length); v++) {
     const int64_t j = start<A>(v, rows.length);
     const V<A> center = load(p.center + j), offset = load(p.offset + j);
@@ -95,7 +96,7 @@ JNORM_INLINE void sums_panel(const Period<A>& p, const Streams<A, S>& in, const 
       const Point<A, M> point(load(in.x + i), center, offset, shift, M ? in.mask + i : nullptr);
       V<A> z = point.inner * mul + add;
       if constexpr (R) z += load(in.residual + i);
-      const V<A> g = times_slope<act, A>(z, load(dy + i));
+      const V<A> g = times_slope<act, A>(z, load(dy + i), any);
       one += g;
       two += g * point.xc;
     }
@@ -107,7 +108,7 @@ JNORM_INLINE void sums_panel(const Period<A>& p, const Streams<A, S>& in, const 
 
 template <class A, class S, class Y, Act act, bool R, bool M, int U>
 JNORM_INLINE void cotangent_panel(const Period<A>& p, const Streams<A, S>& in, const Y* dy, S* dx, S* dresidual, const Rows& rows,
-                                  bool streamed) {
+                                  bool streamed, Act any) {
   for (int64_t v = 0; v < vectors<A>(rows.length); v++) {
     const int64_t j = start<A>(v, rows.length);
     const V<A> center = load(p.center + j), offset = load(p.offset + j), mul = load(p.mul + j), a = load(p.a + j), b = load(p.b + j);
@@ -119,7 +120,7 @@ JNORM_INLINE void cotangent_panel(const Period<A>& p, const Streams<A, S>& in, c
       const Point<A, M> point(load(in.x + i), center, offset, shift, M ? in.mask + i : nullptr);
       V<A> z = point.inner * mul + add;
       if constexpr (R) z += load(in.residual + i);
-      const V<A> g = times_slope<act, A>(z, load(dy + i));
+      const V<A> g = times_slope<act, A>(z, load(dy + i), any);
       V<A> through = mul * g, statistics = a + b * point.xc;
       if constexpr (M) {
         through = point.usable ? through : V<A>{};
@@ -136,74 +137,83 @@ JNORM_INLINE void cotangent_panel(const Period<A>& p, const Streams<A, S>& in, c
   }
 }
 
-// --- rows, `U` at once --------------------------------------------------------------------------------------------------------------
+// --- several rows at once; what is passed by value stays in registers, which what is written might change in memory --------------------------------------------------------------------------------------------------------------
 
-constexpr int U = 4;
+// Fewer where there is a result to write: with many channels rows lie a multiple of 4 KiB apart, and share a set of the nearest cache.
+constexpr int kRowsRead = 4, kRowsWritten = 2;
 
 template <class A, class S> Streams<A, S> moved(Streams<A, S> in, int64_t by) {
   return {in.x + by, in.residual ? in.residual + by : nullptr, in.mask ? in.mask + by : nullptr};
 }
 
 // Which types are computed on as they lie; all others are converted in scratch memory first.
-enum class Pair { f32, f64, bf16, bf16_f32, f32_bf16, other };
+enum class Pair { f32, f64, bf16, bf16_f32, other };
 
 inline Pair pair_of(Type x, Type y) {
   if (x == Type::f64) return Pair::f64;
   if (x == Type::f32 && y == Type::f32) return Pair::f32;
   if (x == Type::bf16 && y == Type::bf16) return Pair::bf16;
   if (x == Type::bf16 && y == Type::f32) return Pair::bf16_f32;
-  if (x == Type::f32 && y == Type::bf16) return Pair::f32_bf16;
   return Pair::other;
 }
 
 struct Apply {
   template <class A, class S, class Y, Act act, bool R, bool M>
-  static void rows(const ColumnChunk& c, const Period<A>& p, Streams<A, S> in, Y* y, S*, S*, Rows rows, A*, A*) {
+  static void rows(const ColumnChunk& c, const Period<A> p, Streams<A, S> in, Y* y, S*, S*, Rows rows, A*, A*) {
     const bool streamed = c.stream && !M;
+    const Act any = c.act;
     int64_t r = 0;
-    for (; r + U <= rows.n; r += U)
-      apply_panel<A, S, Y, act, R, M, U>(p, moved(in, r * rows.stride), y + r * rows.stride, rows, streamed);
-    for (; r < rows.n; r++) apply_panel<A, S, Y, act, R, M, 1>(p, moved(in, r * rows.stride), y + r * rows.stride, rows, streamed);
+    for (; r + kRowsWritten <= rows.n; r += kRowsWritten)
+      apply_panel<A, S, Y, act, R, M, kRowsWritten>(p, moved(in, r * rows.stride), y + r * rows.stride, rows, streamed, any);
+    for (; r < rows.n; r++) apply_panel<A, S, Y, act, R, M, 1>(p, moved(in, r * rows.stride), y + r * rows.stride, rows, streamed, any);
   }
 };
 
 struct Sums {
   template <class A, class S, class Y, Act act, bool R, bool M>
-  static void rows(const ColumnChunk&, const Period<A>& p, Streams<A, S> in, Y* dy, S*, S*, Rows rows, A* first, A* second) {
+  static void rows(const ColumnChunk& c, const Period<A> p, Streams<A, S> in, Y* dy, S*, S*, Rows rows, A* first, A* second) {
+    const Act any = c.act;
     int64_t r = 0;
-    for (; r + U <= rows.n; r += U)
-      sums_panel<A, S, Y, act, R, M, U>(p, moved(in, r * rows.stride), dy + r * rows.stride, rows, first, second);
-    for (; r < rows.n; r++) sums_panel<A, S, Y, act, R, M, 1>(p, moved(in, r * rows.stride), dy + r * rows.stride, rows, first, second);
+    for (; r + kRowsRead <= rows.n; r += kRowsRead)
+      sums_panel<A, S, Y, act, R, M, kRowsRead>(p, moved(in, r * rows.stride), dy + r * rows.stride, rows, first, second, any);
+    for (; r < rows.n; r++) sums_panel<A, S, Y, act, R, M, 1>(p, moved(in, r * rows.stride), dy + r * rows.stride, rows, first, second, any);
   }
 };
 
 struct Cotangent {
   template <class A, class S, class Y, Act act, bool R, bool M>
-  static void rows(const ColumnChunk& c, const Period<A>& p, Streams<A, S> in, Y* dy, S* dx, S* dresidual, Rows rows, A*, A*) {
+  static void rows(const ColumnChunk& c, const Period<A> p, Streams<A, S> in, Y* dy, S* dx, S* dresidual, Rows rows, A*, A*) {
     const bool streamed = c.stream && !M;
+    const Act any = c.act;
     int64_t r = 0;
-    for (; r + U <= rows.n; r += U) {
+    for (; r + kRowsWritten <= rows.n; r += kRowsWritten) {
       const int64_t at = r * rows.stride;
-      cotangent_panel<A, S, Y, act, R, M, U>(p, moved(in, at), dy + at, dx + at, R ? dresidual + at : nullptr, rows, streamed);
+      cotangent_panel<A, S, Y, act, R, M, kRowsWritten>(p, moved(in, at), dy + at, dx + at, R ? dresidual + at : nullptr, rows, streamed, any);
     }
     for (; r < rows.n; r++) {
       const int64_t at = r * rows.stride;
-      cotangent_panel<A, S, Y, act, R, M, 1>(p, moved(in, at), dy + at, dx + at, R ? dresidual + at : nullptr, rows, streamed);
+      cotangent_panel<A, S, Y, act, R, M, 1>(p, moved(in, at), dy + at, dx + at, R ? dresidual + at : nullptr, rows, streamed, any);
     }
   }
 };
 
 // --- from what is known when it runs to what is known when it is compiled -----------------------------------------------------------
 
+// Everything is compiled for an activation that is known only when it runs; for one known before where that is worth the compiler's time.
 template <class Op, class A, class S, class Y, bool R, bool M>
 void run_act(const ColumnChunk& c, const Period<A>& p, Streams<A, S> in, Y* y, S* dx, S* dr, Rows rows, A* first, A* second) {
-  switch (c.act) {
-    case Act::none: return Op::template rows<A, S, Y, Act::none, R, M>(c, p, in, y, dx, dr, rows, first, second);
-    case Act::relu: return Op::template rows<A, S, Y, Act::relu, R, M>(c, p, in, y, dx, dr, rows, first, second);
-    case Act::leaky_relu: return Op::template rows<A, S, Y, Act::leaky_relu, R, M>(c, p, in, y, dx, dr, rows, first, second);
-    case Act::silu: return Op::template rows<A, S, Y, Act::silu, R, M>(c, p, in, y, dx, dr, rows, first, second);
-    case Act::gelu: return Op::template rows<A, S, Y, Act::gelu, R, M>(c, p, in, y, dx, dr, rows, first, second);
+  constexpr bool is_float = sizeof(A) == 4, common = is_float && !M, alike = sizeof(S) == sizeof(Y);
+  if constexpr (!M && !R) {
+    if (c.act == Act::none) return Op::template rows<A, S, Y, Act::none, R, M>(c, p, in, y, dx, dr, rows, first, second);
   }
+  if constexpr (common && (alike || !R)) {
+    if (c.act == Act::relu) return Op::template rows<A, S, Y, Act::relu, R, M>(c, p, in, y, dx, dr, rows, first, second);
+  }
+  if constexpr (common && alike && !R) {
+    if (c.act == Act::silu) return Op::template rows<A, S, Y, Act::silu, R, M>(c, p, in, y, dx, dr, rows, first, second);
+    if (c.act == Act::gelu) return Op::template rows<A, S, Y, Act::gelu, R, M>(c, p, in, y, dx, dr, rows, first, second);
+  }
+  Op::template rows<A, S, Y, kAnyAct, R, M>(c, p, in, y, dx, dr, rows, first, second);
 }
 
 template <class Op, class A, class S, class Y>
@@ -295,7 +305,6 @@ template <class Op, class A> void run_rows(const ColumnChunk& c, int64_t row, Ro
       case Pair::f32: return run_direct<Op, A, float, float>(c, at, rows, first, second);
       case Pair::bf16: return run_direct<Op, A, bf16, bf16>(c, at, rows, first, second);
       case Pair::bf16_f32: return run_direct<Op, A, bf16, float>(c, at, rows, first, second);
-      case Pair::f32_bf16: return run_direct<Op, A, float, bf16>(c, at, rows, first, second);
       default: return;
     }
   }
@@ -350,9 +359,35 @@ template <class A> void sums(const ColumnChunk& c, const Partial& out) {
 
 // Deviations are taken from the mean of the first rows of a block, whose distance from the block's mean is bounded by what the variance
 // itself has of it: with n rows and k first ones, n·distance² <= m2·(n - k) / k. So one pass over x loses at most a factor n/k of accuracy.
-constexpr int64_t kFirstRows = 16;
+constexpr int64_t kFirstRows = 8;
+
+// bfloat16 by pairs: the two halves of a 32-bit word are two columns, each one instruction away from its float. A vector's even columns come
+// first, then its odd ones; only where the row is a multiple of two vectors.
+inline bool pairs(Type x, int64_t n) { return x == Type::bf16 && n % 32 == 0; }
+inline int64_t place_of_pairs(int64_t column) { return column / 32 * 32 + column % 2 * 16 + column % 32 / 2; }
+
+template <int U> JNORM_INLINE void pairs_panel(const bf16* x, const Rows& rows, const float* shift, float* first, float* second) {
+  for (int64_t j = 0; j < rows.length; j += 32) {
+    const F from[2] = {load(shift + j), load(shift + j + 16)};
+    F one[2] = {}, two[2] = {};
+#pragma GCC unroll 8
+    for (int u = 0; u < U; u++) {
+      const FU words = read_as<FU>(x + u * rows.stride + j);
+      const F even = bits<F>(words << 16) - from[0], odd = bits<F>(words & 0xffff0000u) - from[1];
+      one[0] += even, one[1] += odd;
+      if (second) two[0] += even * even, two[1] += odd * odd;
+    }
+    for (int k = 0; k < 2; k++) {
+      store(first + j + 16 * k, load(first + j + 16 * k) + one[k]);
+      if (second) store(second + j + 16 * k, load(second + j + 16 * k) + two[k]);
+    }
+  }
+}
 
 template <class A, class S, int U> JNORM_INLINE void deviations_panel(const S* x, const Rows& rows, const A* shift, A* first, A* second) {
+  if constexpr (sizeof(S) == 2) {
+    if (pairs(Type::bf16, rows.length)) return pairs_panel<U>(x, rows, shift, first, second);
+  }
   for (int64_t v = 0; v < vectors<A>(rows.length); v++) {
     const int64_t j = start<A>(v, rows.length), k = v * Traits<A>::N;
     const V<A> from = load(shift + k);
@@ -368,15 +403,16 @@ template <class A, class S, int U> JNORM_INLINE void deviations_panel(const S* x
   }
 }
 
-template <class A, class S> void deviations(const S* x, const Rows& rows, const A* shift, A* first, A* second) {
+template <class A, class S> void deviations(const S* x, const Rows rows, const A* shift, A* first, A* second) {
   int64_t r = 0;
-  for (; r + 8 <= rows.n; r += 8) deviations_panel<A, S, 8>(x + r * rows.stride, rows, shift, first, second);
+  for (; r + 4 <= rows.n; r += 4) deviations_panel<A, S, 4>(x + r * rows.stride, rows, shift, first, second);
   for (; r < rows.n; r++) deviations_panel<A, S, 1>(x + r * rows.stride, rows, shift, first, second);
 }
 
 template <class A> struct Moments {
   A *shift, *first, *second, *counted;
   Wide<A> *count, *mean, *m2;
+  Wide<A> merged = 0;
   int64_t n;
   explicit Moments(const ColumnChunk& c) : n(padded(c.period, Traits<A>::N)) {
     shift = static_cast<A*>(c.scratch) + kStaged * kSegment;
@@ -390,14 +426,18 @@ template <class A> struct Moments {
   }
   // Merge a block of `more` elements of every column (Chan).
   void merge(Wide<A> more) {
-    const Wide<A> before = count[0], ratio = more / (before + more), product = before * ratio;
+    const Wide<A> before = merged, ratio = more / (before + more), product = before * ratio, each = 1 / more;
     for (int64_t i = 0; i < n; i++) {
-      const Wide<A> from = Wide<A>(first[i]) / more, m = shift[i] + from, square = second[i] - from * first[i];
+      const Wide<A> from = Wide<A>(first[i]) * each, m = shift[i] + from, square = second[i] - from * first[i];
       const Wide<A> delta = m - mean[i];
       mean[i] = before == 0 ? m : mean[i] + delta * ratio;
       m2[i] += (square < 0 ? 0 : square) + delta * delta * product;
-      count[i] = before + more;
     }
+    merged += more;
+  }
+  // Every column has the same count while whole blocks are merged.
+  void fill_count() {
+    for (int64_t i = 0; i < n; i++) count[i] = merged;
   }
   void merge_one(int64_t i, Wide<A> more, Wide<A> m, Wide<A> square) {
     if (more == 0) return;
@@ -414,11 +454,12 @@ template <class A, class S> void moments_plain(const ColumnChunk& c, Moments<A>&
     const S* x = static_cast<const S*>(c.x.data) + row * s.stride;
     to.clear(to.shift), to.clear(to.first), to.clear(to.second);
     deviations<A, S>(x, {few, s.stride, c.period}, to.shift, to.first, nullptr);
-    for (int64_t i = 0; i < to.n; i++) to.shift[i] = to.first[i] / A(few);
+    for (int64_t i = 0; i < to.n; i++) to.shift[i] = to.first[i] * (A(1) / A(few));
     to.clear(to.first);
     deviations<A, S>(x, {rows, s.stride, c.period}, to.shift, to.first, to.second);
     to.merge(rows);
   }
+  to.fill_count();
 }
 
 // With a mask, or where x is converted first: the exact two passes over blocks of rows.
@@ -457,7 +498,8 @@ template <class A> void moments_staged(const ColumnChunk& c, Moments<A>& to, int
 template <class A> void moments(const ColumnChunk& c, const Partial& out) {
   Moments<A> to(c);
   const Shape s(c);
-  const bool staged = c.mask.data || c.x.type == Type::f16;
+  const bool staged = c.mask.data || c.x.type == Type::f16, by_pairs = pairs(c.x.type, c.period);
+  auto own = [&](int64_t column) { return staged ? column : by_pairs ? place_of_pairs(column) : place<A>(column, c.period); };
   if (staged) {
     for (int64_t row = 0; row < s.whole; row += kBlockRows) {
       moments_staged<A>(c, to, row, s.whole - row < kBlockRows ? s.whole - row : kBlockRows, c.period);
@@ -471,19 +513,19 @@ template <class A> void moments(const ColumnChunk& c, const Partial& out) {
   }
   if (s.left && staged) moments_staged<A>(c, to, s.whole, 1, s.left);
   if (s.left && !staged) {
-    // A last row that is shorter; only where the period is a multiple of the vector, so that places are columns.
+    // A last row that is shorter.
     A* const x = static_cast<A*>(c.scratch);
     for (int64_t j = 0; j < s.left; j += kSegment) {
       const int64_t n = s.left - j < kSegment ? s.left - j : kSegment;
       widen(x, c.x, s.whole * s.stride + j, n, n);
-      for (int64_t i = 0; i < n; i++) to.merge_one(j + i, 1, x[i], 0);
+      for (int64_t i = 0; i < n; i++) to.merge_one(own(j + i), 1, x[i], 0);
     }
   }
   auto *const count = static_cast<Wide<A>*>(out.count), *const mean = static_cast<Wide<A>*>(out.mean), *const m2 = static_cast<Wide<A>*>(out.m2);
   for (int64_t column = 0; column < c.C; column++) {
-    const int64_t own = staged ? column : place<A>(column, c.period);
-    for (int64_t j = column + c.C; j < c.period; j += c.C) to.merge_one(own, to.count[j], to.mean[j], to.m2[j]);
-    count[column] = to.count[own], mean[column] = to.mean[own], m2[column] = to.m2[own];
+    const int64_t i = own(column);
+    for (int64_t j = column + c.C; j < c.period; j += c.C) to.merge_one(i, to.count[own(j)], to.mean[own(j)], to.m2[own(j)]);
+    count[column] = to.count[i], mean[column] = to.mean[i], m2[column] = to.m2[i];
   }
 }
 

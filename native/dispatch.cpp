@@ -19,16 +19,30 @@ bool available(Isa isa) {
 #else
       return false;
 #endif
+    case Isa::avx512_bf16:
+#ifdef JNORM_HAVE_AVX512_BF16
+      return available(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+#else
+      return false;
+#endif
   }
   return false;
 }
 
 Isa best_isa() {
-  static const Isa best = available(Isa::avx512) ? Isa::avx512 : available(Isa::avx2) ? Isa::avx2 : Isa::baseline;
+  static const Isa best = [] {
+    for (Isa isa : {Isa::avx512_bf16, Isa::avx512, Isa::avx2}) {
+      if (available(isa)) return isa;
+    }
+    return Isa::baseline;
+  }();
   return best;
 }
 
 const Leaf& leaf_of(Isa isa) {
+#ifdef JNORM_HAVE_AVX512_BF16
+  if (isa == Isa::avx512_bf16) return avx512_bf16::leaf;
+#endif
 #ifdef JNORM_HAVE_AVX512
   if (isa == Isa::avx512) return avx512::leaf;
 #endif

@@ -18,12 +18,21 @@ namespace ffi = xla::ffi;
 namespace jnorm {
 namespace {
 
+const char* name_of(Isa isa) {
+  switch (isa) {
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
+    default: return "baseline";
+  }
+}
+
 // The best instruction set, or the one that the environment asks for, which tests do.
 Isa chosen_isa() {
   static const Isa isa = [] {
     const char* const wanted = std::getenv("JNORM_ISA");
-    for (const auto& [name, value] : {std::pair{"baseline", Isa::baseline}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}}) {
-      if (wanted && !std::strcmp(wanted, name) && available(value)) return value;
+    for (Isa value : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
+      if (wanted && !std::strcmp(wanted, name_of(value)) && available(value)) return value;
     }
     return best_isa();
   }();
@@ -298,13 +307,7 @@ auto call() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Rem
 
 #define JNORM_EXPORT extern "C" __attribute__((visibility("default")))
 
-JNORM_EXPORT const char* jnorm_isa() {
-  switch (jnorm::chosen_isa()) {
-    case jnorm::Isa::avx2: return "avx2";
-    case jnorm::Isa::avx512: return "avx512";
-    default: return "baseline";
-  }
-}
+JNORM_EXPORT const char* jnorm_isa() { return jnorm::name_of(jnorm::chosen_isa()); }
 
 #define JNORM_HANDLER(name, binding)                             \
   JNORM_EXPORT XLA_FFI_Error* jnorm_##name(XLA_FFI_CallFrame*);  \

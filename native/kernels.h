@@ -12,7 +12,8 @@ namespace jnorm {
 
 enum class Type : int { f32, f64, bf16, f16 };
 enum class Act : int { none, relu, leaky_relu, silu, gelu };
-enum class Isa : int { baseline, avx2, avx512 };
+// avx512_bf16: with instructions that round to bfloat16.
+enum class Isa : int { baseline, avx2, avx512, avx512_bf16 };
 
 inline int64_t size_of(Type t) { return t == Type::f64 ? 8 : t == Type::f32 ? 4 : 2; }
 

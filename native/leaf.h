@@ -49,6 +49,9 @@ namespace avx2 { extern const Leaf leaf; }
 #ifdef JNORM_HAVE_AVX512
 namespace avx512 { extern const Leaf leaf; }
 #endif
+#ifdef JNORM_HAVE_AVX512_BF16
+namespace avx512_bf16 { extern const Leaf leaf; }
+#endif
 
 // Vectors are 64 bytes on every machine, so that all cut the work alike.
 inline constexpr int64_t kVectorBytes = 64;

@@ -39,16 +39,16 @@ template <class A> Wide<A> spread_row_mask(const Row& row, int64_t o, A* x, A* m
     x[i] = counts || finite ? x[i] : 0;
     n += counts;
   }
-  for (int64_t i = row.R; i < filled; i++) mask[i] = Kind<A>::mapped;
+  for (int64_t i = row.R; i < filled; i++) mask[i] = Kind<A>::unusable;
   return n;
 }
 
 template <class A> struct Scratch {
-  static constexpr int kRows = 4 + 2 * kTogether + 2;
   int64_t n;
   A* base;
   Scratch(const Row& row, void* p) : n(padded(row.R, Traits<A>::N)), base(static_cast<A*>(p)) {}
-  A* at(int i) const { return base + i * n; }
+  // Not a multiple of 4 KiB apart, which would look like one address to the processor's check of loads against earlier stores.
+  A* at(int i) const { return base + i * (n + 3 * Traits<A>::N); }
 };
 
 // Scale or bias with room for whole vectors.
@@ -60,43 +60,37 @@ template <class A> const A* whole_vectors(const void* p, const Row& row, int64_t
   return to;
 }
 
-// Statistics of a row of n counted elements that lies in memory as vectors; `mask` where there is one.
 template <class A> struct Statistics {
   A power = 1, center = 0, offset = 0, square = 0;
 };
 
-template <class A, bool centered, bool M> Statistics<A> statistics(const A* x, const A* mask, int64_t R, Wide<A> n, A first) {
+// Σ of(x) over the counted elements of a row that lies in memory as whole vectors.
+template <class A, bool M, class Of> JNORM_INLINE Wide<A> total(const A* x, const A* mask, int64_t R, Of of) {
   constexpr int64_t N = Traits<A>::N;
-  const int64_t whole = R / N;
-  const I<A> tail = lanes_below<A>(R % N);
-  Statistics<A> s;
-  auto total = [&](auto of) {
-    V<A> sum[4] = {};
-    auto one = [&](int64_t v) {
-      const V<A> d = of(load(x + v * N));
-      if constexpr (M) return load(mask + v * N) == Kind<A>::counted ? d : V<A>{};
-      return d;
-    };
-    int64_t v = 0;
-    for (; v + 4 <= whole; v += 4) {
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; k++) sum[k] += one(v + k);
-    }
-    for (; v < whole; v++) sum[0] += one(v);
-    if (R % N) sum[1] += tail ? one(whole) : V<A>{};
-    return sum_of<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  V<A> s0{}, s1{}, s2{}, s3{};
+  auto one = [&](int64_t j) {
+    const V<A> d = of(load(x + j));
+    if constexpr (M) return load(mask + j) == Kind<A>::counted ? d : V<A>{};
+    return d;
   };
-  if constexpr (centered) {
-    const Wide<A> mean = first + total([&](V<A> v) { return v - first; }) / n;
-    s.center = A(mean);
-    s.offset = A(mean - s.center);
-  }
+  int64_t j = 0;
+  for (; j + 4 * N <= R; j += 4 * N) s0 += one(j), s1 += one(j + N), s2 += one(j + 2 * N), s3 += one(j + 3 * N);
+  for (; j + N <= R; j += N) s0 += one(j);
+  if (j < R) s1 += lanes_below<A>(R - j) ? one(j) : V<A>{};
+  return sum_of<A>((s0 + s1) + (s2 + s3));
+}
+
+template <class A> JNORM_INLINE void set_mean(Statistics<A>& s, Wide<A> mean) {
+  s.center = A(mean);
+  s.offset = A(mean - s.center);
+}
+
+template <class A, bool centered, bool M> JNORM_INLINE A mean_square(const A* x, const A* mask, int64_t R, Wide<A> each, const Statistics<A>& s) {
   const A center = s.center, offset = s.offset;
-  s.square = A(total([&](V<A> v) {
-                 const V<A> d = centered ? (v - center) - offset : v;
-                 return d * d;
-               }) / n);
-  return s;
+  return A(each * total<A, M>(x, mask, R, [=](V<A> v) {
+    const V<A> d = centered ? (v - center) - offset : v;
+    return d * d;
+  }));
 }
 
 // The power of two that brings the deviations of a huge row to a scale whose squares are in range.
@@ -116,13 +110,13 @@ template <class A> A power_of(const A* x, const A* mask, int64_t R, A first) {
 
 template <class A, class Y, Act act, bool centered, bool M>
 JNORM_INLINE void write_row(const A* x, const A* mask, const A* scale, const A* bias, int64_t n, const Statistics<A>& s, A rstd, Y* y,
-                            bool streamed) {
+                            bool streamed, Act any) {
   const A center = s.center, offset = s.offset;
   for (int64_t j = 0; j < n; j += Traits<A>::N) {
     const V<A> v = load(x + j);
     V<A> d = centered ? (v - center) - offset : v;
     if constexpr (M) d = load(mask + j) == Kind<A>::unusable ? V<A>{} : d;
-    const V<A> out = activate<act, A>(d * rstd * load(scale + j) + load(bias + j));
+    const V<A> out = activate<act, A>(d * rstd * load(scale + j) + load(bias + j), any);
     if (streamed) {
       stream(y + j, out);
     } else {
@@ -134,74 +128,133 @@ JNORM_INLINE void write_row(const A* x, const A* mask, const A* scale, const A* 
 template <class A, class Y, bool centered, bool M>
 void write_row_of(Act act, const A* x, const A* mask, const A* scale, const A* bias, int64_t n, const Statistics<A>& s, A rstd, Y* y,
                   bool streamed) {
-  switch (act) {
-    case Act::none: return write_row<A, Y, Act::none, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed);
-    case Act::relu: return write_row<A, Y, Act::relu, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed);
-    case Act::leaky_relu: return write_row<A, Y, Act::leaky_relu, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed);
-    case Act::silu: return write_row<A, Y, Act::silu, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed);
-    case Act::gelu: return write_row<A, Y, Act::gelu, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed);
+  act == Act::none ? write_row<A, Y, Act::none, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed, act)
+                   : write_row<A, Y, kAnyAct, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed, act);
+}
+
+// One row on its way: rows are taken some at a time, so that one's sums do not wait for another's.
+template <class A> struct Line {
+  const A* x;
+  int64_t o;
+  Wide<A> each;  // 1 / counted elements
+  bool nothing;  // is counted
+  A first;
+  Statistics<A> s;
+};
+
+template <class A, bool M> class Lines {
+ public:
+  Lines(const Row& row, const RowChunk& c) : row_(row), c_(c), scratch_(row, c.scratch), R_(row.R) {
+    direct_ = R_ % Traits<A>::N == 0 && !M && !c.residual && row.x.type == (sizeof(A) == 8 ? Type::f64 : Type::f32);
   }
+
+  A* buffer(int t) const { return scratch_.at(2 + 2 * t); }
+  A* mask(int t) const { return scratch_.at(3 + 2 * t); }
+
+  // The row as the arithmetic's type, in scratch memory unless it is so already.
+  JNORM_INLINE Line<A> read(int64_t i, int t) const {
+    Line<A> line{};
+    line.o = row_number(row_, i, c_.g);
+    const int64_t at = line.o * R_;
+    if (direct_) {
+      line.x = static_cast<const A*>(row_.x.data) + at;
+    } else {
+      widen(buffer(t), row_.x, at, R_, scratch_.n);
+      line.x = buffer(t);
+    }
+    if (c_.residual) add_residual(at, buffer(t), mask(t));
+    line.each = Wide<A>(1) / R_;
+    line.first = line.x[0];
+    if constexpr (M) count(line, t);
+    return line;
+  }
+
+ private:
+  void add_residual(int64_t at, A* to, A* other) const {
+    widen(other, c_.residual, at, R_, scratch_.n);
+    for (int64_t j = 0; j < scratch_.n; j += Traits<A>::N) store(to + j, load(to + j) + load(other + j));
+    narrow(c_.sum, at, to, R_);
+    if (size_of(c_.sum.type) != sizeof(A)) widen(to, c_.sum, at, R_, scratch_.n);  // as rounded
+  }
+  void count(Line<A>& line, int t) const {
+    const Wide<A> n = spread_row_mask(row_, line.o, buffer(t), mask(t), scratch_.n);
+    line.each = 1 / (n > 1 ? n : 1);
+    line.nothing = n == 0;
+    line.first = 0;
+    for (int64_t k = R_ - 1; k >= 0; k--) line.first = mask(t)[k] == Kind<A>::counted ? line.x[k] : line.first;
+  }
+
+  const Row& row_;
+  const RowChunk& c_;
+  const Scratch<A> scratch_;
+  const int64_t R_;
+  bool direct_;
+};
+
+// A huge row times a power of two, into scratch memory.
+template <class A, bool centered, bool M> void rescale(Line<A>& line, A* buffer, const A* mask, int64_t R) {
+  const A power = power_of<A>(line.x, M ? mask : nullptr, R, line.first);
+  if (power == 1) return;
+  for (int64_t j = 0; j < R; j++) buffer[j] = line.x[j] * power;
+  line.x = buffer;
+  line.s.power = power;
+  const A first = line.first * power;
+  if (centered) set_mean<A>(line.s, first + line.each * total<A, M>(buffer, mask, R, [=](V<A> v) { return v - first; }));
+  line.s.square = mean_square<A, centered, M>(buffer, mask, R, line.each, line.s);
 }
 
 template <class A, bool centered, bool M> void norm_rows(const Row& row, const RowChunk& c) {
   constexpr int64_t N = Traits<A>::N;
   const Scratch<A> scratch(row, c.scratch);
-  const bool aligned = row.R % N == 0;
+  const int64_t R = row.R;
+  const bool aligned = R % N == 0;
   const A* const scale = whole_vectors<A>(row.scale, row, c.g, scratch.at(0));
   const A* const bias = whole_vectors<A>(row.bias, row, c.g, scratch.at(1));
-  A *const buffer = scratch.at(2), *const mask = scratch.at(3), *const out = scratch.at(4), *const other = scratch.at(5);
-  const bool direct = aligned && !M && !c.residual && row.x.type == (sizeof(A) == 8 ? Type::f64 : Type::f32);
-  for (int64_t i = c.first; i < c.last; i++) {
-    const int64_t o = row_number(row, i, c.g), at = o * row.R;
-    const A* x = buffer;
-    if (direct) {
-      x = static_cast<const A*>(row.x.data) + at;
-    } else {
-      widen(buffer, row.x, at, row.R, scratch.n);
-    }
-    if (c.residual) {
-      widen(other, c.residual, at, row.R, scratch.n);
-      for (int64_t j = 0; j < scratch.n; j += N) store(buffer + j, load(buffer + j) + load(other + j));
-      narrow(c.sum, at, buffer, row.R);
-      widen(buffer, c.sum, at, row.R, scratch.n);  // as rounded
-    }
-    Wide<A> n = row.R;
-    A first = x[0];
-    if constexpr (M) {
-      n = spread_row_mask(row, o, buffer, mask, scratch.n);
-      first = 0;
-      for (int64_t k = row.R - 1; k >= 0; k--) first = mask[k] == Kind<A>::counted ? x[k] : first;
-    }
-    const Wide<A> divisor = n > 1 ? n : 1;
-    if (!centered) first = 0;
-    Statistics<A> s = statistics<A, centered, M>(x, mask, row.R, divisor, first);
-    if (!((s.square - s.square) == 0)) {
-      const A power = power_of<A>(x, M ? mask : nullptr, row.R, first);
-      if (power != 1) {
-        for (int64_t j = 0; j < row.R; j++) buffer[j] = x[j] * power;
-        x = buffer;
-        s = statistics<A, centered, M>(x, mask, row.R, divisor, first * power);
-        s.power = power;
-      }
-    }
-    const A total = s.square + A(c.epsilon) * s.power * s.power;
-    const A rstd = n == 0 || total == 0 ? A(0) : A(1 / __builtin_sqrt(total));
-    static_cast<A*>(c.stats.power)[o] = s.power;
-    static_cast<A*>(c.stats.center)[o] = s.center;
-    static_cast<A*>(c.stats.offset)[o] = s.offset;
-    static_cast<A*>(c.stats.rstd)[o] = rstd;
-    if (aligned && c.y.type == (sizeof(A) == 8 ? Type::f64 : Type::f32)) {
-      write_row_of<A, A, centered, M>(row.act, x, mask, scale, bias, row.R, s, rstd, static_cast<A*>(c.y.data) + at, c.stream);
-      continue;
-    }
-    if constexpr (sizeof(A) == 4) {
-      if (aligned && c.y.type == Type::bf16) {
-        write_row_of<A, bf16, centered, M>(row.act, x, mask, scale, bias, row.R, s, rstd, static_cast<bf16*>(c.y.data) + at, c.stream);
+  A* const out = scratch.at(2 + 2 * kTogether);
+  const Lines<A, M> lines(row, c);
+  for (int64_t i = c.first; i < c.last;) {
+    const int together = c.last - i < kTogether ? int(c.last - i) : kTogether;
+    Line<A> line[kTogether];
+    A rstd[kTogether];
+    for (int t = 0; t < together; t++) {
+      line[t] = lines.read(i + t, t);
+      if (!centered) {
+        line[t].first = 0;
         continue;
       }
+      const A first = line[t].first;
+      set_mean<A>(line[t].s, first + line[t].each * total<A, M>(line[t].x, lines.mask(t), R, [=](V<A> v) { return v - first; }));
     }
-    write_row_of<A, A, centered, M>(row.act, x, mask, scale, bias, scratch.n, s, rstd, out, false);
-    narrow(c.y, at, out, row.R);
+    for (int t = 0; t < together; t++) line[t].s.square = mean_square<A, centered, M>(line[t].x, lines.mask(t), R, line[t].each, line[t].s);
+    for (int t = 0; t < together; t++) {
+      Statistics<A>& s = line[t].s;
+      if (!((s.square - s.square) == 0)) rescale<A, centered, M>(line[t], lines.buffer(t), lines.mask(t), R);
+      const A total = s.square + A(c.epsilon) * s.power * s.power;
+      rstd[t] = line[t].nothing || total == 0 ? A(0) : A(1 / __builtin_sqrt(total));
+      static_cast<A*>(c.stats.power)[line[t].o] = s.power;
+      static_cast<A*>(c.stats.center)[line[t].o] = s.center;
+      static_cast<A*>(c.stats.offset)[line[t].o] = s.offset;
+      static_cast<A*>(c.stats.rstd)[line[t].o] = rstd[t];
+    }
+    for (int t = 0; t < together; t++) {
+      const int64_t at = line[t].o * R;
+      const A* const mask = lines.mask(t);
+      if (aligned && c.y.type == (sizeof(A) == 8 ? Type::f64 : Type::f32)) {
+        A* const y = static_cast<A*>(c.y.data) + at;
+        write_row_of<A, A, centered, M>(row.act, line[t].x, mask, scale, bias, R, line[t].s, rstd[t], y, c.stream);
+        continue;
+      }
+      if constexpr (sizeof(A) == 4) {
+        if (aligned && c.y.type == Type::bf16) {
+          bf16* const y = static_cast<bf16*>(c.y.data) + at;
+          write_row_of<A, bf16, centered, M>(row.act, line[t].x, mask, scale, bias, R, line[t].s, rstd[t], y, c.stream);
+          continue;
+        }
+      }
+      write_row_of<A, A, centered, M>(row.act, line[t].x, mask, scale, bias, scratch.n, line[t].s, rstd[t], out, false);
+      narrow(c.y, at, out, R);
+    }
+    i += together;
   }
   if (c.stream) end_of_stream();
 }
@@ -213,40 +266,44 @@ template <class A> struct OfRow {
   Wide<A> n;
 };
 
-// xhat and g = act'·dy of a row into scratch memory, and Σ g·scale and Σ g·scale·xhat.
+// xhat and g = act'·dy of a row into scratch memory, and Σ g·scale and Σ g·scale·xhat. What is passed by value stays in registers.
 template <class A, class S, class Y, Act act, bool M>
-JNORM_INLINE void first_pass(const S* x, const Y* dy, const A* mask, const A* scale, const A* bias, int64_t n, const OfRow<A>& of, A* xhat,
-                             A* g, Wide<A>* sums) {
+JNORM_INLINE void first_pass(const S* x, const Y* dy, const A* mask, const A* scale, const A* bias, int64_t n, const OfRow<A> of, A* xhat,
+                             A* g, Wide<A>* sums, Act any) {
   constexpr int64_t N = Traits<A>::N;
-  V<A> one[2] = {}, two[2] = {};
-  auto step = [&](int64_t j, int k) {
+  V<A> one0{}, one1{}, two0{}, two1{};
+  auto step = [&](int64_t j, V<A>& one, V<A>& two) {
     const V<A> v = load(x + j) * of.power;
     V<A> hat = ((v - of.center) - of.offset) * of.rstd;
     if constexpr (M) hat = load(mask + j) == Kind<A>::unusable ? V<A>{} : hat;
     const V<A> weight = load(scale + j);
     const V<A> z = act == Act::none ? hat : hat * weight + load(bias + j);
-    const V<A> slope = times_slope<act, A>(z, load(dy + j)), through = slope * weight;
+    const V<A> slope = times_slope<act, A>(z, load(dy + j), any), through = slope * weight;
     store(xhat + j, hat);
     store(g + j, slope);
-    one[k] += through;
-    two[k] += through * hat;
+    one += through;
+    two += through * hat;
   };
   int64_t j = 0;
-  for (; j + 2 * N <= n; j += 2 * N) step(j, 0), step(j + N, 1);
-  if (j < n) step(j, 0);
-  sums[0] = sum_of<A>(one[0] + one[1]);
-  sums[1] = sum_of<A>(two[0] + two[1]);
+  for (; j + 2 * N <= n; j += 2 * N) step(j, one0, two0), step(j + N, one1, two1);
+  if (j < n) step(j, one0, two0);
+  sums[0] = sum_of<A>(one0 + one1);
+  sums[1] = sum_of<A>(two0 + two1);
 }
 
-template <class A, bool M> struct Second {
+template <class A> struct Second {
   const A *xhat, *g, *mask;
   A first, second, factor;  // Σ / n, 0 for a mean that is not subtracted; rstd·power
 };
 
 // dx of T rows, and the sums for scale and bias.
-template <class A, class S, bool M, int T>
-JNORM_INLINE void second_pass(const Second<A, M>* of, const A* scale, int64_t n, S* const* dx, const S* const* dsum, A* dscale, A* dbias,
+template <class A, class S, bool M, bool adds, int T>
+JNORM_INLINE void second_pass(const Second<A>* rows, const A* scale, int64_t n, S* const* to, const S* const* dsum, A* dscale, A* dbias,
                               bool streamed) {
+  Second<A> of[T];
+  S* dx[T];
+  const S* sum[T];
+  for (int t = 0; t < T; t++) of[t] = rows[t], dx[t] = to[t], sum[t] = dsum[t];
   for (int64_t j = 0; j < n; j += Traits<A>::N) {
     const V<A> weight = load(scale + j);
     V<A> ds = load(dscale + j), db = load(dbias + j);
@@ -260,7 +317,7 @@ JNORM_INLINE void second_pass(const Second<A, M>* of, const A* scale, int64_t n,
         back = kind == Kind<A>::counted ? back : V<A>{};
       }
       V<A> d = (through - back) * of[t].factor;
-      if (dsum[t]) d += load(dsum[t] + j);
+      if constexpr (adds) d += load(sum[t] + j);
       if (streamed) {
         stream(dx[t] + j, d);
       } else {
@@ -274,16 +331,17 @@ JNORM_INLINE void second_pass(const Second<A, M>* of, const A* scale, int64_t n,
   }
 }
 
+template <class A, class S, bool M, int T>
+void second_pass_of(const Second<A>* of, const A* scale, int64_t n, S* const* dx, const S* const* dsum, A* dscale, A* dbias, bool streamed) {
+  dsum[0] ? second_pass<A, S, M, true, T>(of, scale, n, dx, dsum, dscale, dbias, streamed)
+          : second_pass<A, S, M, false, T>(of, scale, n, dx, dsum, dscale, dbias, streamed);
+}
+
 template <class A, class S, class Y, bool M>
 void first_pass_of(Act act, const S* x, const Y* dy, const A* mask, const A* scale, const A* bias, int64_t n, const OfRow<A>& of, A* xhat,
                    A* g, Wide<A>* sums) {
-  switch (act) {
-    case Act::none: return first_pass<A, S, Y, Act::none, M>(x, dy, mask, scale, bias, n, of, xhat, g, sums);
-    case Act::relu: return first_pass<A, S, Y, Act::relu, M>(x, dy, mask, scale, bias, n, of, xhat, g, sums);
-    case Act::leaky_relu: return first_pass<A, S, Y, Act::leaky_relu, M>(x, dy, mask, scale, bias, n, of, xhat, g, sums);
-    case Act::silu: return first_pass<A, S, Y, Act::silu, M>(x, dy, mask, scale, bias, n, of, xhat, g, sums);
-    case Act::gelu: return first_pass<A, S, Y, Act::gelu, M>(x, dy, mask, scale, bias, n, of, xhat, g, sums);
-  }
+  act == Act::none ? first_pass<A, S, Y, Act::none, M>(x, dy, mask, scale, bias, n, of, xhat, g, sums, act)
+                   : first_pass<A, S, Y, kAnyAct, M>(x, dy, mask, scale, bias, n, of, xhat, g, sums, act);
 }
 
 // With `staged`, S and Y are A.
@@ -303,7 +361,7 @@ template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(co
     for (int64_t j = 0; j < n; j++) block_scale[j] = block_bias[j] = 0;
     for (int64_t i = begin; i < end;) {
       const int together = i + T <= end ? T : 1;
-      Second<A, M> of[T];
+      Second<A> of[T];
       S* dx[T];
       const S* dsum[T];
       for (int t = 0; t < together; t++) {
@@ -314,6 +372,8 @@ template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(co
         Wide<A> sums[2] = {};
         if constexpr (staged) {
           widen(staged_x, row.x, at, row.R, scratch.n);
+          // Beyond the row what is in it: 0 might be out of range when it is normalized like a huge row.
+          for (int64_t k = row.R; k < scratch.n; k++) staged_x[k] = staged_x[0];
           widen(staged_dy, c.dy, at, row.R, scratch.n);
           if (c.dsum) widen(staged_dsum, c.dsum, at, row.R, scratch.n);
           if constexpr (M) r.n = spread_row_mask(row, o, staged_x, mask, scratch.n);
@@ -330,9 +390,9 @@ template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(co
         of[t] = {xhat, g, mask, row.centered ? A(sums[0] / divisor) : A(0), A(sums[1] / divisor), r.rstd * r.power};
       }
       if (together == T) {
-        second_pass<A, S, M, T>(of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged);
+        second_pass_of<A, S, M, T>(of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged);
       } else {
-        second_pass<A, S, M, 1>(of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged);
+        second_pass_of<A, S, M, 1>(of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged);
       }
       if constexpr (staged) narrow(c.dx, row_number(row, i, c.g) * row.R, staged_dx, row.R);
       i += together;
@@ -360,7 +420,6 @@ template <class A> void row_cotangent(const Row& row, const RowChunk& c) {
       if (x == Type::f32 && y == Type::f32) return cotangent_rows<A, float, float, false, false>(row, c);
       if (x == Type::bf16 && y == Type::bf16) return cotangent_rows<A, bf16, bf16, false, false>(row, c);
       if (x == Type::bf16 && y == Type::f32) return cotangent_rows<A, bf16, float, false, false>(row, c);
-      if (x == Type::f32 && y == Type::bf16) return cotangent_rows<A, float, bf16, false, false>(row, c);
     }
   }
   cotangent_rows<A, A, A, false, true>(row, c);

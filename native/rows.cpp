@@ -5,7 +5,7 @@
 namespace jnorm {
 
 int64_t row_scratch(Type t, int64_t R) {
-  const int64_t n = padded(R, lanes(t)), size = is_double(t) ? 8 : 4;
+  const int64_t n = padded(R, lanes(t)) + 3 * lanes(t), size = is_double(t) ? 8 : 4;
   return 14 * n * size;
 }
 

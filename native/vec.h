@@ -88,6 +88,9 @@ JNORM_INLINE F load(const f16* p) {
 JNORM_INLINE void store(float* p, F v) { memcpy(p, &v, sizeof v); }
 JNORM_INLINE void store(double* p, D v) { memcpy(p, &v, sizeof v); }
 JNORM_INLINE H to_bf16(F v) {
+#if defined(__AVX512BF16__)
+  return bits<H>(_mm512_cvtneps_pbh(bits<__m512>(v)));
+#else
   const FU u = bits<FU>(v);
   // To nearest, ties to even; a NaN stays one.
   const FU rounded = (u + (0x7fffu + ((u >> 16) & 1u))) >> 16;
@@ -97,6 +100,7 @@ JNORM_INLINE H to_bf16(F v) {
   return bits<H>(_mm512_cvtepi32_epi16(bits<__m512i>(chosen)));
 #else
   return __builtin_convertvector(chosen, H);
+#endif
 #endif
 }
 JNORM_INLINE H to_f16(F v) {
@@ -161,19 +165,24 @@ JNORM_INLINE void end_of_stream() {
 #endif
 }
 
-// Always the same order, whatever the instruction set: halves are added.
-template <class A> JNORM_INLINE Wide<A> sum_of(V<A> v) {
-  Wide<A> lane[Traits<A>::N];
-  for (int i = 0; i < Traits<A>::N; i++) lane[i] = v[i];
-  for (int n = Traits<A>::N / 2; n > 0; n /= 2)
+// Halves are added, in the wider type.
+template <class A> JNORM_INLINE Wide<A> sum_of(V<A> v);
+template <> JNORM_INLINE double sum_of<float>(F v) {
+  typedef float F8 __attribute__((vector_size(32)));
+  typedef double D4 __attribute__((vector_size(32)));
+  typedef double D2 __attribute__((vector_size(16)));
+  const D eight = __builtin_convertvector(F8{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]}, D) +
+                  __builtin_convertvector(F8{v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]}, D);
+  const D4 four = D4{eight[0], eight[1], eight[2], eight[3]} + D4{eight[4], eight[5], eight[6], eight[7]};
+  const D2 two = D2{four[0], four[1]} + D2{four[2], four[3]};
+  return two[0] + two[1];
+}
+template <> JNORM_INLINE long double sum_of<double>(D v) {
+  long double lane[8];
+  for (int i = 0; i < 8; i++) lane[i] = v[i];
+  for (int n = 4; n > 0; n /= 2)
     for (int i = 0; i < n; i++) lane[i] += lane[i + n];
   return lane[0];
-}
-
-template <class A> JNORM_INLINE V<A> is_finite_or(V<A> v, V<A> otherwise, I<A> unless) {
-  // v - v is 0 for finite v, NaN otherwise.
-  const I<A> usable = ((v - v) == 0) | unless;
-  return usable ? v : otherwise;
 }
 
 // e^v: 2^n times a polynomial in what is left, |r| <= ln 2 / 2; 0 below the least normal number, infinity above the largest.
@@ -211,30 +220,46 @@ constexpr double kCubic = 0.044715;
 
 template <class A> JNORM_INLINE V<A> sigmoid(V<A> z) { return A(1) / (A(1) + exp(-z)); }
 
-template <Act act, class A> JNORM_INLINE V<A> activate(V<A> z) {
+// An activation that is known only when it runs: for what is rare, so that not everything is compiled five times.
+constexpr Act kAnyAct = static_cast<Act>(-1);
+
+template <Act act, class A> JNORM_INLINE V<A> activate(V<A> z, Act any) {
+  if constexpr (act == Act::none) return z;
   if constexpr (act == Act::relu) return z < 0 ? V<A>{} : z;
   if constexpr (act == Act::leaky_relu) return z < 0 ? z * A(0.01) : z;
   if constexpr (act == Act::silu) return z * sigmoid<A>(z);
   if constexpr (act == Act::gelu) return z * sigmoid<A>(z * (A(2 * kRootTwoOverPi) + A(2 * kRootTwoOverPi * kCubic) * z * z));
-  return z;
+  switch (any) {
+    case Act::relu: return activate<Act::relu, A>(z, any);
+    case Act::leaky_relu: return activate<Act::leaky_relu, A>(z, any);
+    case Act::silu: return activate<Act::silu, A>(z, any);
+    case Act::gelu: return activate<Act::gelu, A>(z, any);
+    default: return z;
+  }
 }
 
 // v times the derivative at z, 0 where v is.
-template <Act act, class A> JNORM_INLINE V<A> times_slope(V<A> z, V<A> v) {
+template <Act act, class A> JNORM_INLINE V<A> times_slope(V<A> z, V<A> v, Act any) {
   if constexpr (act == Act::none) return v;
   if constexpr (act == Act::relu) return z > 0 ? v : V<A>{};
   if constexpr (act == Act::leaky_relu) return z >= 0 ? v : v * A(0.01);
-  V<A> slope;
   if constexpr (act == Act::silu) {
-    const V<A> s = sigmoid<A>(z);
-    slope = s * (A(1) + z * (A(1) - s));
+    const V<A> s = sigmoid<A>(z), slope = s * (A(1) + z * (A(1) - s));
+    return v == 0 ? V<A>{} : slope * v;
   }
   if constexpr (act == Act::gelu) {
     const V<A> square = z * z;
     const V<A> s = sigmoid<A>(z * (A(2 * kRootTwoOverPi) + A(2 * kRootTwoOverPi * kCubic) * square));
-    slope = s + (z * s * (A(1) - s)) * (A(2 * kRootTwoOverPi) + A(6 * kRootTwoOverPi * kCubic) * square);
+    const V<A> slope = s + (z * s * (A(1) - s)) * (A(2 * kRootTwoOverPi) + A(6 * kRootTwoOverPi * kCubic) * square);
+    return v == 0 ? V<A>{} : slope * v;
   }
-  return v == 0 ? V<A>{} : slope * v;
+  switch (any) {
+    case Act::relu: return times_slope<Act::relu, A>(z, v, any);
+    case Act::leaky_relu: return times_slope<Act::leaky_relu, A>(z, v, any);
+    case Act::silu: return times_slope<Act::silu, A>(z, v, any);
+    case Act::gelu: return times_slope<Act::gelu, A>(z, v, any);
+    default: return v;
+  }
 }
 
 // n elements of any storage type to the arithmetic's, zeros up to `to`, and back.

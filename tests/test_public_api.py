@@ -33,7 +33,8 @@ NORMS = [
 FUNCTIONS = [n for n in jnorm.__all__ if inspect.isfunction(getattr(jnorm, n))]
 REPARAMETRIZATIONS = [getattr(jnorm.reparam, n) for n in jnorm.reparam.__all__]
 CLASSES = [getattr(api, n) for api in (jnorm.linen, jnorm.nnx) for n in api.__all__]
-MODULES = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "jnorm."))
+# The library of native kernels ends like a module of Python, but is none.
+MODULES = sorted(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "jnorm.") if not m.name.endswith("libjnorm_cpu"))
 
 # Who may import whom: only what stands before it, and itself; those of one level do not know each other.
 LEVELS = [{"typing"}, {"_jax_internals"}, {"_stats"}, {"_kernels"}, {"_pipeline"}, {"_norms", "reparam"}, {"_modules"}, {"linen", "nnx"}]

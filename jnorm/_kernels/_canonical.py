@@ -1,4 +1,4 @@
-"""Any axes of x as the native kernels see them: [O, R, C] for statistics by column, [O, R] for rows. Reshapes only: nothing of x's size moves."""
+"""Any axes of x as the native kernels see them: [O, R, C] for statistics by column, [O, R] for rows. Reshapes only: nothing moves."""
 
 import math
 from collections.abc import Sequence

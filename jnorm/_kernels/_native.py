@@ -222,4 +222,3 @@ def row_cotangent(
     )  # fmt: skip
     rest = [i for i in scale_axes if rows.affine_shape[i] > 1]
     return [dx.reshape(x.shape), *all_sum([v.reshape(rows.affine_shape).sum(rest, keepdims=True) for v in sums], spans(scale_axes))]
-

@@ -110,8 +110,7 @@ class Op:
     def _lowering(self, form: Callable, native: Callable | None = None) -> Callable:
         def lower(context: Any, *operands: Any, **params: Any) -> Any:
             # Asked here: the compiler calls the body back on a thread of its own, where another choice may hold.
-            with_native = native is not None and active() == "native"
-            body = functools.partial(native_or(form, native) if with_native else form, **params)
+            body = functools.partial(native_or(form, native) if native and active() == "native" else form, **params)
             if automatic_device_count(context) > 1:
                 return lower_as(_partitioned(body, context.avals_in, context.avals_out), context, *operands)
             return lower_as(functools.partial(body, spans=one_device), context, *operands)

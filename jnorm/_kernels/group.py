@@ -14,6 +14,7 @@ the derivative and its transpose are
 where the sums of dx take counted elements only, and only counted elements receive a + b·xc.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -139,22 +140,19 @@ def group_cotangent_form(
     return [*dx, *sums([second, first], [i for i in scale_axes if i not in axes], spans)]
 
 
-def _native_norm(*args: jax.Array, **params: Any) -> list[jax.Array]:
-    """In one kernel, or where it does not have the case in those of column.py."""
-    return _native.group_norm(*args, **params) or group_norm_form(*args, **params, **_NATIVE_COLUMNS_NORM)
+# What one kernel does not have is taken by those of column.py.
+_norm_by_columns = functools.partial(
+    group_norm_form, moments=native_or(moments_form, _native.moments), apply=native_or(apply_form, _native.apply)
+)
+_cotangent_by_columns = functools.partial(
+    group_cotangent_form,
+    cotangent_sums=native_or(cotangent_sums_form, _native.cotangent_sums),
+    cotangent_apply=native_or(cotangent_apply_form, _native.cotangent_apply),
+)
 
-
-def _native_cotangent(*args: jax.Array, **params: Any) -> list[jax.Array]:
-    return _native.group_cotangent(*args, **params) or group_cotangent_form(*args, **params, **_NATIVE_COLUMNS_COTANGENT)
-
-
-_NATIVE_COLUMNS_NORM = {"moments": native_or(moments_form, _native.moments), "apply": native_or(apply_form, _native.apply)}
-_NATIVE_COLUMNS_COTANGENT = {
-    "cotangent_sums": native_or(cotangent_sums_form, _native.cotangent_sums),
-    "cotangent_apply": native_or(cotangent_apply_form, _native.cotangent_apply),
-}
-
-group_norm = Op("group_norm", group_norm_form, native=_native_norm)
+group_norm = Op("group_norm", group_norm_form, native=native_or(_norm_by_columns, _native.group_norm))
 group_tangent = Op("group_tangent", group_tangent_form, lambda **_: 3)
-group_cotangent = Op("group_cotangent", group_cotangent_form, lambda **_: 1, native=_native_cotangent)
+group_cotangent = Op(
+    "group_cotangent", group_cotangent_form, lambda **_: 1, native=native_or(_cotangent_by_columns, _native.group_cotangent)
+)
 adjoint(group_tangent, group_cotangent)

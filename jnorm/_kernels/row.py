@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._stats import all_sum, isolate, two_sum
+from . import _native
 from ._forms import DOWN, activate, apart, count, counted, first_center, local_sum, mean, read, sums, times_slope, usable
 from ._op import Op, Spans, adjoint
 
@@ -203,7 +204,12 @@ def row_cotangent_form(
     return [dx.astype(row.x.dtype), *along_scale()]
 
 
-row_norm = Op("row_norm", functools.partial(row_norm_form, branch=False), cpu_form=functools.partial(row_norm_form, branch=True))
+row_norm = Op(
+    "row_norm",
+    functools.partial(row_norm_form, branch=False),
+    cpu_form=functools.partial(row_norm_form, branch=True),
+    native=_native.row_norm,
+)
 row_tangent = Op("row_tangent", row_tangent_form, lambda **_: 3)
-row_cotangent = Op("row_cotangent", row_cotangent_form, lambda adds, **_: 2 if adds else 1)
+row_cotangent = Op("row_cotangent", row_cotangent_form, lambda adds, **_: 2 if adds else 1, native=_native.row_cotangent)
 adjoint(row_tangent, row_cotangent)
