@@ -3,12 +3,12 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 exec </dev/null
-unset PYTHONPATH PYTEST_ADDOPTS
+unset PYTHONPATH PYTEST_ADDOPTS JNORM_KERNELS JNORM_ISA
 export CI=true JAX_PLATFORMS=cpu PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-tools=.ci/venv/bin         # ruff, pyright, examples, benchmarks
-oldest=.ci/venv-oldest/bin # the oldest supported JAX
-out=.ci/out                # test reports, and what the examples write
+tools=$PWD/.ci/venv/bin         # ruff, pyright, examples, benchmarks
+oldest=$PWD/.ci/venv-oldest/bin # the oldest supported JAX
+out=$PWD/.ci/out                # test reports, wheels, and what the examples write
 rm -rf "$out"
 mkdir -p "$out"
 
@@ -77,9 +77,60 @@ check_style_and_types() {
   show_and_run "$tools/pyright" --pythonpath "$tools/python" --warnings
 }
 
+# kernels_are PYTHON FORM: what is active in an environment, seen from outside of the source tree.
+kernels_are() {
+  (cd "$out" && "$1" -P -c '
+import sys, jnorm
+print(jnorm.__file__, *jnorm.kernels_status())
+sys.exit(jnorm.kernels_status().active != sys.argv[1])' "$2")
+}
+
+# The native kernels are compiled here, once: what is installed from this tree later finds them in build/.
 install_tools() {
   stage "virtual environment for the tools, the examples and the benchmarks"
   fresh_venv .ci/venv -e ".[dev]"
+  kernels_are "$tools/python" native
+  show_and_run "$tools/python" .ci/native_symbols.py build/native-*
+}
+
+# build_wheel FOLDER FORM: a wheel, which must be tagged for this platform where it has the native kernels, and for none where not.
+build_wheel() {
+  show_and_run "$tools/python" -m pip wheel --no-deps --wheel-dir "$out/$1" .
+  case "$2 $(basename "$out/$1"/jnorm-*.whl)" in
+    "xla "*-py3-none-any.whl) ;;
+    *-any.whl | xla*) false ;;
+    "native "*-py3-none-*.whl) ;;
+    *) false ;;
+  esac
+  ls "$out/$1"
+}
+
+# An installation without a compiler succeeds, and says so.
+wheel_without_compiler() {
+  stage "a wheel built without a compiler"
+  CC=/nonexistent CXX=/nonexistent build_wheel wheel-without-compiler xla
+  show_and_run "$oldest/python" -m pip install --no-deps --target "$out/without-compiler" "$out"/wheel-without-compiler/jnorm-*.whl
+  PYTHONPATH="$out/without-compiler" kernels_are "$oldest/python" xla
+}
+
+# run_driver SANITIZERS STEP: the kernels alone, without Python and XLA, over one in STEP of the driver's cases.
+run_driver() {
+  local build="$out/native-${1%%,*}"
+  cmake -S native -B "$build" -DJNORM_SANITIZE="$1" -DJNORM_WERROR=ON
+  cmake --build "$build" --target driver --parallel
+  "$build/driver" 0 "$2"
+}
+
+run_drivers() {
+  stage "the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer"
+  local address thread
+  run_driver address,undefined "$1" >"$out/native-address.txt" 2>&1 &
+  address=$!
+  run_driver thread "$2" >"$out/native-thread.txt" 2>&1 &
+  thread=$!
+  wait "$address" || { tail -n 50 "$out/native-address.txt" && false; }
+  wait "$thread" || { tail -n 50 "$out/native-thread.txt" && false; }
+  tail -n 1 "$out/native-address.txt" "$out/native-thread.txt"
 }
 
 build_docs() {
@@ -111,16 +162,29 @@ sys.exit(not cases or bool(skipped))
 PYTHON
 }
 
-# install_oldest EXTRAS: with the lower bounds of jax and flax in pyproject.toml.
+# install_oldest EXTRAS: the wheel, with the lower bounds of jax and flax in pyproject.toml.
 install_oldest() {
-  stage "virtual environment with the oldest supported JAX, $oldest_jax, and Flax, $oldest_flax"
-  fresh_venv .ci/venv-oldest "jax==$oldest_jax" "jaxlib==$oldest_jax" "flax==$oldest_flax" -e ".[$1]"
+  stage "the wheel, in a virtual environment with the oldest supported JAX, $oldest_jax, and Flax, $oldest_flax"
+  build_wheel wheel native
+  fresh_venv .ci/venv-oldest "jax==$oldest_jax" "jaxlib==$oldest_jax" "flax==$oldest_flax" "$(echo "$out"/wheel/jnorm-*.whl)[$1]"
+  kernels_are "$oldest/python" native
 }
 
-# oldest_tests PYTEST_ARGUMENT...
+# pytest_with PYTHON FORM REPORT PYTEST_ARGUMENT...: what is installed is tested, not the source tree (-P), with one form of the kernels.
+pytest_with() {
+  JNORM_KERNELS=$2 show_and_run "$1" -P -m pytest -n auto -q -rs --durations=15 "--junitxml=$out/$3.xml" "${@:4}"
+}
+
+# oldest_tests FORM PYTEST_ARGUMENT...
 oldest_tests() {
-  stage "tests with the oldest supported JAX, $oldest_jax, and Flax, $oldest_flax"
-  show_and_run "$oldest/python" -m pytest -n auto -q -rs --durations=15 "--junitxml=$out/oldest.xml" "$@"
+  stage "tests with the oldest supported JAX, $oldest_jax, and Flax, $oldest_flax, kernels: $1"
+  pytest_with "$oldest/python" "$1" "oldest-$1" "${@:2}"
+}
+
+# newest_xla_tests PYTEST_ARGUMENT...
+newest_xla_tests() {
+  stage "tests with the newest JAX, kernels: xla"
+  pytest_with .venv/bin/python xla newest-xla "$@"
 }
 
 digits() {
@@ -158,7 +222,7 @@ digits_norms() {
   PYTHONPATH=examples "$tools/python" -c 'from digits_models import NORMS; print(*NORMS)'
 }
 
-step_time() {
-  stage "the benchmark of the training step, short"
-  show_and_run "$tools/python" benchmarks/step_time.py "$@"
+benchmarks() {
+  stage "the benchmark, short"
+  show_and_run "$tools/python" -m benchmarks --quick
 }

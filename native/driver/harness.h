@@ -25,7 +25,7 @@ using Random = std::mt19937_64;
 using Bytes = std::vector<uint8_t>;
 
 inline constexpr int kThreads[] = {1, 2, 3, 8};
-inline const char* const kIsas[] = {"baseline", "avx2", "avx512"};
+inline const char* const kIsas[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 inline const char* const kTypes[] = {"f32", "f64", "bf16", "f16"};
 inline const char* const kActs[] = {"none", "relu", "leaky_relu", "silu", "gelu"};
 inline int failures = 0;
@@ -130,7 +130,7 @@ inline std::string difference(const Result& r, const Tensor& got) {
 
 inline void test(const std::string& what, const std::vector<Result>& results, const Kernel& kernel, Random& random,
                  const Check& check = nullptr) {
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < 4; i++) {
     const Isa isa = static_cast<Isa>(i);
     if (!jnorm::available(isa)) continue;
     const std::string where = what + " on " + kIsas[i];
