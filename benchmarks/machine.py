@@ -13,8 +13,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch", "n
 # Where the system does not say: what most present accelerators and servers have.
 DEFAULT_CACHE = 32 << 20
 ACCELERATOR_CACHE = 50 << 20
-# glibc gives every larger array back to the system, and each page of a new one costs a fault: with these it keeps them.
-RETAINED = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
+# glibc gives every larger array back to the system, and each page of a new one costs a fault: with these it keeps them. One arena, since
+# that of a thread other than the first holds no array above 64 MB.
+RETAINED = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
 ROOT = Path(__file__).parent.parent
 
 

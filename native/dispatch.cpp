@@ -39,7 +39,7 @@ Isa best_isa() {
   return best;
 }
 
-const Leaf& leaf_of(Isa isa) {
+const Leaf& leaf_of([[maybe_unused]] Isa isa) {
 #ifdef JNORM_HAVE_AVX512_BF16
   if (isa == Isa::avx512_bf16) return avx512_bf16::leaf;
 #endif

@@ -324,6 +324,7 @@ template <class A> class Groups {
 }  // namespace
 
 void moments(Isa isa, Pool& pool, int64_t O, int64_t R, int64_t C, Array x, Mask mask, void* count, void* center, void* offset, void* m2) {
+  if (O * C == 0) return;
   const Cut cut(O, R, C, x.type);
   auto run = [&](auto zero) {
     using A = decltype(zero);
@@ -334,10 +335,12 @@ void moments(Isa isa, Pool& pool, int64_t O, int64_t R, int64_t C, Array x, Mask
 }
 
 void apply(Isa isa, Pool& pool, const Column& in, Array y) {
+  if (in.O * in.R * in.C == 0) return;
   is_double(in.x.type) ? apply_of<double>(leaf_of(isa), pool, in, y) : apply_of<float>(leaf_of(isa), pool, in, y);
 }
 
 void cotangent_sums(Isa isa, Pool& pool, const Column& in, Array dy, void* first, void* second) {
+  if (in.O * in.C == 0) return;
   auto run = [&](auto zero) {
     using A = decltype(zero);
     sums_of<A>(leaf_of(isa), pool, in, dy, static_cast<A*>(first), static_cast<A*>(second));
@@ -346,11 +349,13 @@ void cotangent_sums(Isa isa, Pool& pool, const Column& in, Array dy, void* first
 }
 
 void cotangent_apply(Isa isa, Pool& pool, const Column& in, Array dy, const void* a, const void* b, Array dx, Array dresidual) {
+  if (in.O * in.R * in.C == 0) return;
   is_double(in.x.type) ? cotangent_of<double>(leaf_of(isa), pool, in, dy, a, b, dx, dresidual)
                        : cotangent_of<float>(leaf_of(isa), pool, in, dy, a, b, dx, dresidual);
 }
 
 void group_norm(Isa isa, Pool& pool, const Group& in, double epsilon, Array y, void* center, void* offset, void* rstd) {
+  if (in.O * in.C == 0) return;
   auto run = [&](auto zero) {
     using A = decltype(zero);
     Groups<A>(leaf_of(isa), pool, in).norm(epsilon, y, static_cast<A*>(center), static_cast<A*>(offset), static_cast<A*>(rstd));
@@ -360,6 +365,7 @@ void group_norm(Isa isa, Pool& pool, const Group& in, double epsilon, Array y, v
 
 void group_cotangent(Isa isa, Pool& pool, const Group& in, Array dy, const void* center, const void* offset, const void* rstd, Array dx,
                      void* dscale, void* dbias) {
+  if (in.O * in.C == 0) return;
   auto run = [&](auto zero) {
     using A = decltype(zero);
     Groups<A>(leaf_of(isa), pool, in)

@@ -163,8 +163,9 @@ template <class A, bool M> class Lines {
       line.x = buffer(t);
     }
     if (c_.residual) add_residual(at, buffer(t), mask(t));
-    line.each = Wide<A>(1) / R_;
-    line.first = line.x[0];
+    line.each = Wide<A>(1) / (R_ ? R_ : 1);
+    line.first = R_ ? line.x[0] : 0;
+    line.nothing = R_ == 0;
     if constexpr (M) count(line, t);
     return line;
   }
