@@ -1,5 +1,6 @@
 // Column kernels over one chunk. In the inner loops a row is a period: as many rows of x as make whole vectors; each of its elements is a
-// column of its own until the end. Several rows are taken at once, so that what belongs to the columns is loaded once for all of them.
+// column of its own until the end. Rows are taken one after the other, as they lie in memory: two at once would spare loads of what belongs
+// to the columns, but memory is then read at little more than half its speed.
 #include "vec.h"
 
 namespace jnorm {
@@ -60,87 +61,68 @@ template <class A, bool M> struct Point {
   }
 };
 
-template <class A, class S, class Y, Act act, bool R, bool M, int U>
-JNORM_INLINE void apply_panel(const Period<A>& p, const Streams<A, S>& in, Y* y, const Rows& rows, bool streamed, Act any) {
+template <class A, class S, class Y, Act act, bool R, bool M>
+JNORM_INLINE void apply_row(const Period<A>& p, const Streams<A, S>& in, Y* y, const Rows& rows, bool streamed, Act any) {
   for (int64_t v = 0; v < vectors<A>(rows.length); v++) {
     const int64_t j = start<A>(v, rows.length);
     const V<A> center = load(p.center + j), shift = load(p.shift + j), mul = load(p.mul + j), add = load(p.add + j);
     const V<A> offset = M ? load(p.offset + j) : V<A>{};
-#pragma GCC unroll 8
-    for (int u = 0; u < U; u++) {
-      const int64_t i = u * rows.stride + j;
-      const Point<A, M> point(load(in.x + i), center, offset, shift, M ? in.mask + i : nullptr);
-      V<A> z = point.inner * mul + add;
-      if constexpr (R) z += load(in.residual + i);
-      if (streamed) {
-        stream(y + i, activate<act, A>(z, any));
-      } else {
-        store(y + i, activate<act, A>(z, any));
-      }
+    const Point<A, M> point(load(in.x + j), center, offset, shift, M ? in.mask + j : nullptr);
+    V<A> z = point.inner * mul + add;
+    if constexpr (R) z += load(in.residual + j);
+    if (streamed) {
+      stream(y + j, activate<act, A>(z, any));
+    } else {
+      store(y + j, activate<act, A>(z, any));
     }
   }
 }
 
-template <class A, class S, class Y, Act act, bool R, bool M, int U>
-JNORM_INLINE void sums_panel(const Period<A>& p, const Streams<A, S>& in, const Y* dy, const Rows& rows, A* first, A* second,
-                             Act any) {
+template <class A, class S, class Y, Act act, bool R, bool M>
+JNORM_INLINE void sums_row(const Period<A>& p, const Streams<A, S>& in, const Y* dy, const Rows& rows, A* first, A* second, Act any) {
   for (int64_t v = 0; v < vectors<A>(rows.length); v++) {
     const int64_t j = start<A>(v, rows.length);
     const V<A> center = load(p.center + j), offset = load(p.offset + j);
     V<A> shift = offset, mul{}, add{};
     if constexpr (act != Act::none) shift = load(p.shift + j), mul = load(p.mul + j), add = load(p.add + j);
-    V<A> one{}, two{};
-#pragma GCC unroll 8
-    for (int u = 0; u < U; u++) {
-      const int64_t i = u * rows.stride + j;
-      const Point<A, M> point(load(in.x + i), center, offset, shift, M ? in.mask + i : nullptr);
-      V<A> z = point.inner * mul + add;
-      if constexpr (R) z += load(in.residual + i);
-      const V<A> g = times_slope<act, A>(z, load(dy + i), any);
-      one += g;
-      two += g * point.xc;
-    }
+    const Point<A, M> point(load(in.x + j), center, offset, shift, M ? in.mask + j : nullptr);
+    V<A> z = point.inner * mul + add;
+    if constexpr (R) z += load(in.residual + j);
+    const V<A> g = times_slope<act, A>(z, load(dy + j), any);
     const int64_t k = v * Traits<A>::N;
-    store(first + k, load(first + k) + one);
-    store(second + k, load(second + k) + two);
+    store(first + k, load(first + k) + g);
+    store(second + k, load(second + k) + g * point.xc);
   }
 }
 
-template <class A, class S, class Y, Act act, bool R, bool M, int U>
-JNORM_INLINE void cotangent_panel(const Period<A>& p, const Streams<A, S>& in, const Y* dy, S* dx, S* dresidual, const Rows& rows,
+template <class A, class S, class Y, Act act, bool R, bool M>
+JNORM_INLINE void cotangent_row(const Period<A>& p, const Streams<A, S>& in, const Y* dy, S* dx, S* dresidual, const Rows& rows,
                                   bool streamed, Act any) {
   for (int64_t v = 0; v < vectors<A>(rows.length); v++) {
     const int64_t j = start<A>(v, rows.length);
     const V<A> center = load(p.center + j), offset = load(p.offset + j), mul = load(p.mul + j), a = load(p.a + j), b = load(p.b + j);
     V<A> shift = offset, add{};
     if constexpr (act != Act::none) shift = load(p.shift + j), add = load(p.add + j);
-#pragma GCC unroll 8
-    for (int u = 0; u < U; u++) {
-      const int64_t i = u * rows.stride + j;
-      const Point<A, M> point(load(in.x + i), center, offset, shift, M ? in.mask + i : nullptr);
-      V<A> z = point.inner * mul + add;
-      if constexpr (R) z += load(in.residual + i);
-      const V<A> g = times_slope<act, A>(z, load(dy + i), any);
-      V<A> through = mul * g, statistics = a + b * point.xc;
-      if constexpr (M) {
-        through = point.usable ? through : V<A>{};
-        statistics = point.counted ? statistics : V<A>{};
-      }
-      if (streamed) {
-        stream(dx + i, through + statistics);
-        if constexpr (R) stream(dresidual + i, g);
-      } else {
-        store(dx + i, through + statistics);
-        if constexpr (R) store(dresidual + i, g);
-      }
+    const Point<A, M> point(load(in.x + j), center, offset, shift, M ? in.mask + j : nullptr);
+    V<A> z = point.inner * mul + add;
+    if constexpr (R) z += load(in.residual + j);
+    const V<A> g = times_slope<act, A>(z, load(dy + j), any);
+    V<A> through = mul * g, statistics = a + b * point.xc;
+    if constexpr (M) {
+      through = point.usable ? through : V<A>{};
+      statistics = point.counted ? statistics : V<A>{};
+    }
+    if (streamed) {
+      stream(dx + j, through + statistics);
+      if constexpr (R) stream(dresidual + j, g);
+    } else {
+      store(dx + j, through + statistics);
+      if constexpr (R) store(dresidual + j, g);
     }
   }
 }
 
-// --- several rows at once; what is passed by value stays in registers, which what is written might change in memory --------------------------------------------------------------------------------------------------------------
-
-// Fewer where there is a result to write: with many channels rows lie a multiple of 4 KiB apart, and share a set of the nearest cache.
-constexpr int kRowsRead = 4, kRowsWritten = 2;
+// --- all rows; what is passed by value stays in registers, as what is written cannot change it there ---------------------------------
 
 template <class A, class S> Streams<A, S> moved(Streams<A, S> in, int64_t by) {
   return {in.x + by, in.residual ? in.residual + by : nullptr, in.mask ? in.mask + by : nullptr};
@@ -162,10 +144,10 @@ struct Apply {
   static void rows(const ColumnChunk& c, const Period<A> p, Streams<A, S> in, Y* y, S*, S*, Rows rows, A*, A*) {
     const bool streamed = c.stream && !M;
     const Act any = c.act;
-    int64_t r = 0;
-    for (; r + kRowsWritten <= rows.n; r += kRowsWritten)
-      apply_panel<A, S, Y, act, R, M, kRowsWritten>(p, moved(in, r * rows.stride), y + r * rows.stride, rows, streamed, any);
-    for (; r < rows.n; r++) apply_panel<A, S, Y, act, R, M, 1>(p, moved(in, r * rows.stride), y + r * rows.stride, rows, streamed, any);
+    for (int64_t r = 0; r < rows.n; r++) {
+      const int64_t at = r * rows.stride;
+      apply_row<A, S, Y, act, R, M>(p, moved(in, at), y + at, rows, streamed, any);
+    }
   }
 };
 
@@ -173,10 +155,10 @@ struct Sums {
   template <class A, class S, class Y, Act act, bool R, bool M>
   static void rows(const ColumnChunk& c, const Period<A> p, Streams<A, S> in, Y* dy, S*, S*, Rows rows, A* first, A* second) {
     const Act any = c.act;
-    int64_t r = 0;
-    for (; r + kRowsRead <= rows.n; r += kRowsRead)
-      sums_panel<A, S, Y, act, R, M, kRowsRead>(p, moved(in, r * rows.stride), dy + r * rows.stride, rows, first, second, any);
-    for (; r < rows.n; r++) sums_panel<A, S, Y, act, R, M, 1>(p, moved(in, r * rows.stride), dy + r * rows.stride, rows, first, second, any);
+    for (int64_t r = 0; r < rows.n; r++) {
+      const int64_t at = r * rows.stride;
+      sums_row<A, S, Y, act, R, M>(p, moved(in, at), dy + at, rows, first, second, any);
+    }
   }
 };
 
@@ -185,14 +167,9 @@ struct Cotangent {
   static void rows(const ColumnChunk& c, const Period<A> p, Streams<A, S> in, Y* dy, S* dx, S* dresidual, Rows rows, A*, A*) {
     const bool streamed = c.stream && !M;
     const Act any = c.act;
-    int64_t r = 0;
-    for (; r + kRowsWritten <= rows.n; r += kRowsWritten) {
+    for (int64_t r = 0; r < rows.n; r++) {
       const int64_t at = r * rows.stride;
-      cotangent_panel<A, S, Y, act, R, M, kRowsWritten>(p, moved(in, at), dy + at, dx + at, R ? dresidual + at : nullptr, rows, streamed, any);
-    }
-    for (; r < rows.n; r++) {
-      const int64_t at = r * rows.stride;
-      cotangent_panel<A, S, Y, act, R, M, 1>(p, moved(in, at), dy + at, dx + at, R ? dresidual + at : nullptr, rows, streamed, any);
+      cotangent_row<A, S, Y, act, R, M>(p, moved(in, at), dy + at, dx + at, R ? dresidual + at : nullptr, rows, streamed, any);
     }
   }
 };
@@ -366,47 +343,33 @@ constexpr int64_t kFirstRows = 8;
 inline bool pairs(Type x, int64_t n) { return x == Type::bf16 && n % 32 == 0; }
 inline int64_t place_of_pairs(int64_t column) { return column / 32 * 32 + column % 2 * 16 + column % 32 / 2; }
 
-template <int U> JNORM_INLINE void pairs_panel(const bf16* x, const Rows& rows, const float* shift, float* first, float* second) {
+JNORM_INLINE void pairs_row(const bf16* x, const Rows& rows, const float* shift, float* first, float* second) {
   for (int64_t j = 0; j < rows.length; j += 32) {
-    const F from[2] = {load(shift + j), load(shift + j + 16)};
-    F one[2] = {}, two[2] = {};
-#pragma GCC unroll 8
-    for (int u = 0; u < U; u++) {
-      const FU words = read_as<FU>(x + u * rows.stride + j);
-      const F even = bits<F>(words << 16) - from[0], odd = bits<F>(words & 0xffff0000u) - from[1];
-      one[0] += even, one[1] += odd;
-      if (second) two[0] += even * even, two[1] += odd * odd;
-    }
+    const FU words = read_as<FU>(x + j);
+    const F halves[2] = {bits<F>(words << 16), bits<F>(words & 0xffff0000u)};
     for (int k = 0; k < 2; k++) {
-      store(first + j + 16 * k, load(first + j + 16 * k) + one[k]);
-      if (second) store(second + j + 16 * k, load(second + j + 16 * k) + two[k]);
+      const int64_t at = j + 16 * k;
+      const F d = halves[k] - load(shift + at);
+      store(first + at, load(first + at) + d);
+      if (second) store(second + at, load(second + at) + d * d);
     }
   }
 }
 
-template <class A, class S, int U> JNORM_INLINE void deviations_panel(const S* x, const Rows& rows, const A* shift, A* first, A* second) {
+template <class A, class S> JNORM_INLINE void deviations_row(const S* x, const Rows& rows, const A* shift, A* first, A* second) {
   if constexpr (sizeof(S) == 2) {
-    if (pairs(Type::bf16, rows.length)) return pairs_panel<U>(x, rows, shift, first, second);
+    if (pairs(Type::bf16, rows.length)) return pairs_row(x, rows, shift, first, second);
   }
   for (int64_t v = 0; v < vectors<A>(rows.length); v++) {
     const int64_t j = start<A>(v, rows.length), k = v * Traits<A>::N;
-    const V<A> from = load(shift + k);
-    V<A> one{}, two{};
-#pragma GCC unroll 8
-    for (int u = 0; u < U; u++) {
-      const V<A> d = load(x + u * rows.stride + j) - from;
-      one += d;
-      if (second) two += d * d;
-    }
-    store(first + k, load(first + k) + one);
-    if (second) store(second + k, load(second + k) + two);
+    const V<A> d = load(x + j) - load(shift + k);
+    store(first + k, load(first + k) + d);
+    if (second) store(second + k, load(second + k) + d * d);
   }
 }
 
 template <class A, class S> void deviations(const S* x, const Rows rows, const A* shift, A* first, A* second) {
-  int64_t r = 0;
-  for (; r + 4 <= rows.n; r += 4) deviations_panel<A, S, 4>(x + r * rows.stride, rows, shift, first, second);
-  for (; r < rows.n; r++) deviations_panel<A, S, 1>(x + r * rows.stride, rows, shift, first, second);
+  for (int64_t r = 0; r < rows.n; r++) deviations_row<A, S>(x + r * rows.stride, rows, shift, first, second);
 }
 
 template <class A> struct Moments {

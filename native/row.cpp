@@ -22,6 +22,8 @@ template <class A> JNORM_INLINE I<A> lanes_below(int64_t n) {
   return lane < static_cast<decltype(lane[0] + lane[0])>(n);
 }
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 inline int64_t row_number(const Row& row, int64_t i, int64_t g) { return ((i / row.inner) * row.G + g) * row.inner + i % row.inner; }
 
 // What an element under the mask is: one that counts, one that only goes through the map, or one that is not finite and read as the mean.
@@ -110,9 +112,10 @@ template <class A> A power_of(const A* x, const A* mask, int64_t R, A first) {
 
 template <class A, class Y, Act act, bool centered, bool M>
 JNORM_INLINE void write_row(const A* x, const A* mask, const A* scale, const A* bias, int64_t n, const Statistics<A>& s, A rstd, Y* y,
-                            bool streamed, Act any) {
+                            bool streamed, Act any, const char* next, int64_t step) {
   const A center = s.center, offset = s.offset;
-  for (int64_t j = 0; j < n; j += Traits<A>::N) {
+  for (int64_t j = 0; j < n; j += Traits<A>::N, next += step) {
+    prefetch(next);
     const V<A> v = load(x + j);
     V<A> d = centered ? (v - center) - offset : v;
     if constexpr (M) d = load(mask + j) == Kind<A>::unusable ? V<A>{} : d;
@@ -127,9 +130,9 @@ JNORM_INLINE void write_row(const A* x, const A* mask, const A* scale, const A* 
 
 template <class A, class Y, bool centered, bool M>
 void write_row_of(Act act, const A* x, const A* mask, const A* scale, const A* bias, int64_t n, const Statistics<A>& s, A rstd, Y* y,
-                  bool streamed) {
-  act == Act::none ? write_row<A, Y, Act::none, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed, act)
-                   : write_row<A, Y, kAnyAct, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed, act);
+                  bool streamed, const char* next, int64_t step) {
+  act == Act::none ? write_row<A, Y, Act::none, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed, act, next, step)
+                   : write_row<A, Y, kAnyAct, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed, act, next, step);
 }
 
 // One row on its way: rows are taken some at a time, so that one's sums do not wait for another's.
@@ -238,21 +241,22 @@ template <class A, bool centered, bool M> void norm_rows(const Row& row, const R
       static_cast<A*>(c.stats.rstd)[line[t].o] = rstd[t];
     }
     for (int t = 0; t < together; t++) {
-      const int64_t at = line[t].o * R;
+      const int64_t at = line[t].o * R, after = least(i + together + t, c.last - 1), step = N * size_of(row.x.type);
+      const char* const next = static_cast<const char*>(row.x.at(row_number(row, after, c.g) * R));
       const A* const mask = lines.mask(t);
       if (aligned && c.y.type == (sizeof(A) == 8 ? Type::f64 : Type::f32)) {
         A* const y = static_cast<A*>(c.y.data) + at;
-        write_row_of<A, A, centered, M>(row.act, line[t].x, mask, scale, bias, R, line[t].s, rstd[t], y, c.stream);
+        write_row_of<A, A, centered, M>(row.act, line[t].x, mask, scale, bias, R, line[t].s, rstd[t], y, c.stream, next, step);
         continue;
       }
       if constexpr (sizeof(A) == 4) {
         if (aligned && c.y.type == Type::bf16) {
           bf16* const y = static_cast<bf16*>(c.y.data) + at;
-          write_row_of<A, bf16, centered, M>(row.act, line[t].x, mask, scale, bias, R, line[t].s, rstd[t], y, c.stream);
+          write_row_of<A, bf16, centered, M>(row.act, line[t].x, mask, scale, bias, R, line[t].s, rstd[t], y, c.stream, next, step);
           continue;
         }
       }
-      write_row_of<A, A, centered, M>(row.act, line[t].x, mask, scale, bias, scratch.n, line[t].s, rstd[t], out, false);
+      write_row_of<A, A, centered, M>(row.act, line[t].x, mask, scale, bias, scratch.n, line[t].s, rstd[t], out, false, next, step);
       narrow(c.y, at, out, R);
     }
     i += together;
@@ -294,13 +298,14 @@ JNORM_INLINE void first_pass(const S* x, const Y* dy, const A* mask, const A* sc
 
 template <class A> struct Second {
   const A *xhat, *g, *mask;
+  const char *next_x, *next_dy;  // of a row that comes later
   A first, second, factor;  // Σ / n, 0 for a mean that is not subtracted; rstd·power
 };
 
 // dx of T rows, and the sums for scale and bias.
 template <class A, class S, bool M, bool adds, int T>
 JNORM_INLINE void second_pass(const Second<A>* rows, const A* scale, int64_t n, S* const* to, const S* const* dsum, A* dscale, A* dbias,
-                              bool streamed) {
+                              bool streamed, int64_t x_size, int64_t dy_size) {
   Second<A> of[T];
   S* dx[T];
   const S* sum[T];
@@ -310,6 +315,8 @@ JNORM_INLINE void second_pass(const Second<A>* rows, const A* scale, int64_t n, 
     V<A> ds = load(dscale + j), db = load(dbias + j);
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
+      prefetch(of[t].next_x + j * x_size);
+      prefetch(of[t].next_dy + j * dy_size);
       const V<A> hat = load(of[t].xhat + j), g = load(of[t].g + j);
       V<A> through = g * weight, back = hat * of[t].second + of[t].first;
       if constexpr (M) {
@@ -333,9 +340,10 @@ JNORM_INLINE void second_pass(const Second<A>* rows, const A* scale, int64_t n, 
 }
 
 template <class A, class S, bool M, int T>
-void second_pass_of(const Second<A>* of, const A* scale, int64_t n, S* const* dx, const S* const* dsum, A* dscale, A* dbias, bool streamed) {
-  dsum[0] ? second_pass<A, S, M, true, T>(of, scale, n, dx, dsum, dscale, dbias, streamed)
-          : second_pass<A, S, M, false, T>(of, scale, n, dx, dsum, dscale, dbias, streamed);
+void second_pass_of(const Second<A>* of, const A* scale, int64_t n, S* const* dx, const S* const* dsum, A* dscale, A* dbias, bool streamed,
+                    int64_t x_size, int64_t dy_size) {
+  dsum[0] ? second_pass<A, S, M, true, T>(of, scale, n, dx, dsum, dscale, dbias, streamed, x_size, dy_size)
+          : second_pass<A, S, M, false, T>(of, scale, n, dx, dsum, dscale, dbias, streamed, x_size, dy_size);
 }
 
 template <class A, class S, class Y, bool M>
@@ -356,7 +364,7 @@ template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(co
           *const staged_dsum = scratch.at(4 + 5), *const staged_dx = scratch.at(4 + 6);
   auto* const dscale = static_cast<Wide<A>*>(c.dscale);
   auto* const dbias = static_cast<Wide<A>*>(c.dbias);
-  const int64_t n = staged ? scratch.n : row.R;
+  const int64_t n = staged ? scratch.n : row.R, x_size = size_of(row.x.type), dy_size = size_of(c.dy.type);
   for (int64_t begin = c.first; begin < c.last; begin += kRowBlock) {
     const int64_t end = begin + kRowBlock < c.last ? begin + kRowBlock : c.last;
     for (int64_t j = 0; j < n; j++) block_scale[j] = block_bias[j] = 0;
@@ -388,12 +396,13 @@ template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(co
           dsum[t] = c.dsum ? static_cast<const S*>(c.dsum.data) + at : nullptr;
         }
         const Wide<A> divisor = r.n > 1 ? r.n : 1;
-        of[t] = {xhat, g, mask, row.centered ? A(sums[0] / divisor) : A(0), A(sums[1] / divisor), r.rstd * r.power};
+        const int64_t after = row_number(row, least(i + together + t, c.last - 1), c.g) * row.R;
+        of[t] = {xhat, g, mask, static_cast<const char*>(row.x.at(after)), static_cast<const char*>(c.dy.at(after)), row.centered ? A(sums[0] / divisor) : A(0), A(sums[1] / divisor), r.rstd * r.power};
       }
       if (together == T) {
-        second_pass_of<A, S, M, T>(of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged);
+        second_pass_of<A, S, M, T>(of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged, x_size, dy_size);
       } else {
-        second_pass_of<A, S, M, 1>(of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged);
+        second_pass_of<A, S, M, 1>(of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged, x_size, dy_size);
       }
       if constexpr (staged) narrow(c.dx, row_number(row, i, c.g) * row.R, staged_dx, row.R);
       i += together;
