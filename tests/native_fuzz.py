@@ -29,9 +29,6 @@ LARGE = [(2, 500, 200), (40, 4200), (17, 18, 19, 20), (2, 1100, 65), (200, 1024)
 EVERY = 5  # so many calls to one of a large shape
 
 
-# --- calls --------------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A case, and the dtypes of x, of y, of the parameters and of the residual."""
@@ -231,7 +228,9 @@ STATISTICS = {
 def names_of(call):
     """The kinds of numbers that a norm is right for: what goes through Stats up to 1e16 with its gradients, rows to the largest."""
     left_out = {"large mean"} if call.x in ("bfloat16", "float16") else set()
-    left_out |= {"tiny", "huge", "1e30"} if "float16" in (call.x, call.y) else set()
+    if "float16" in (call.x, call.y):
+        # What is far from what the mask counts, times the largest 1/s, is out of its range.
+        left_out |= {"tiny", "huge", "1e30"} | ({"outlier", "trend"} if call.case.mask else set())
     if "layer" not in call.case.norm and "rms" not in call.case.norm:
         # Running statistics, which serve where nothing is counted too, do not bring x back to size.
         left_out |= {"1e30"} | ({"huge"} if call.case.state else set())
