@@ -11,6 +11,7 @@ from jax._src import config, core, dispatch
 from jax.extend import core as jex
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxlib import xla_client
 
 
 def varying_axes(a: jax.Array) -> frozenset:
@@ -110,3 +111,11 @@ def result_avals(like: Any, shapes: Iterable[Any]) -> list:
         sharding = like.sharding.update(spec=PartitionSpec(*aligned))
         avals.append(core.ShapedArray(s.shape, s.dtype, sharding=sharding, manual_axis_type=like.mat))
     return avals
+
+
+def register_cpu_target(name: str, function: Any) -> None:
+    """Register a foreign function of a loaded library at once, which raises where it is of another version of XLA's interface.
+
+    `jax.ffi.register_ffi_target` notes it down until the CPU backend starts, which then fails to, for all that runs on JAX.
+    """
+    xla_client._xla.register_custom_call_target(name, jax.ffi.pycapsule(function), "cpu", 1, 0)  # pyright: ignore[reportPrivateImportUsage]

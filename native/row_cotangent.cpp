@@ -19,8 +19,9 @@ JNORM_INLINE void first_pass(const S* x, const Y* dy, const A* mask, const A* sc
   V<A> one0{}, one1{}, two0{}, two1{};
   auto step = [&](int64_t j, V<A>& one, V<A>& two) {
     const V<A> v = load(x + j) * of.power;
-    V<A> hat = ((v - of.center) - of.offset) * of.rstd;
-    if constexpr (M) hat = load(mask + j) == Kind<A>::unusable ? V<A>{} : hat;
+    V<A> deviation = (v - of.center) - of.offset;
+    if constexpr (M) deviation = load(mask + j) == Kind<A>::unusable ? V<A>{} : deviation;
+    const V<A> hat = deviation * of.rstd;
     const V<A> weight = load(scale + j);
     const V<A> z = act == Act::none ? hat : hat * weight + load(bias + j);
     const V<A> slope = times_slope<act, A>(z, load(dy + j), any), through = slope * weight;

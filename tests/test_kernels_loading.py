@@ -128,11 +128,7 @@ BROKEN = {  # what lies in the library's place, and what the warning says of it
 }
 
 
-# JAX registers targets when its CPU backend starts, not when it is told of them, and then the backend does not start.
-LATE = pytest.mark.xfail(reason="the version is not looked at before the backend starts")
-
-
-@pytest.mark.parametrize("what", ["text", "symbols", pytest.param("version", marks=LATE)])
+@pytest.mark.parametrize("what", ["text", "symbols", "version"])
 def test_a_broken_library(what, bare, tmp_path):
     """One warning that says why, XLA's code, and no harm to what else runs on JAX."""
     make, said = BROKEN[what]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import jax
 
+from .._jax_internals import register_cpu_target
+
 FORMS = ("native", "xla")
 _VARIABLE = "JNORM_KERNELS"
 _TARGETS = ("moments", "apply", "cotangent_sums", "cotangent_apply", "group_norm", "group_cotangent", "row_norm", "row_cotangent")
@@ -43,7 +45,7 @@ def _load() -> _Library:
     try:
         library = ctypes.CDLL(str(path))
         for name in _TARGETS:
-            jax.ffi.register_ffi_target(f"jnorm_{name}", jax.ffi.pycapsule(getattr(library, f"jnorm_{name}")), platform="cpu")
+            register_cpu_target(f"jnorm_{name}", getattr(library, f"jnorm_{name}"))
         library.jnorm_isa.restype = ctypes.c_char_p
         return _Library(library.jnorm_isa().decode(), "")
     except Exception as e:  # whatever a library of another build, machine or FFI version brings up
