@@ -36,6 +36,14 @@ inline int64_t last_cache_bytes() {
   return bytes;
 }
 
+// What sums are added up in.
+template <class A> struct WideOf;
+template <> struct WideOf<float> { using type = double; };
+template <> struct WideOf<double> { using type = long double; };
+template <class A> using Wide = typename WideOf<A>::type;
+
+inline bool aligned(Array a) { return reinterpret_cast<uintptr_t>(a.data) % kVectorBytes == 0; }
+
 // Memory that is not filled, aligned to a vector.
 class Scratch {
  public:

@@ -6,11 +6,6 @@
 
 namespace jnorm {
 
-template <class A> struct WideOf;
-template <> struct WideOf<float> { using type = double; };
-template <> struct WideOf<double> { using type = long double; };
-template <class A> using Wide = typename WideOf<A>::type;
-
 struct Smalls {
   const void *center = nullptr, *offset = nullptr, *shift = nullptr, *mul = nullptr, *add = nullptr, *a = nullptr, *b = nullptr;
 };
@@ -36,22 +31,20 @@ template <class A> class Periods {
   Scratch memory_;
 };
 
+inline Array at_place(const Cut& cut, const Place& at, Array a) {
+  return {a.at((at.o * cut.R + at.row) * cut.C + at.column), a.type};
+}
+
 inline ColumnChunk chunk_at(const Cut& cut, const Place& at, Array x, Mask mask) {
   ColumnChunk c{};
   c.rows = at.rows;
   c.C = at.width;
   c.stride = cut.C;
   c.period = cut.period > cut.C ? cut.period : at.width;
-  c.x = {x.at((at.o * cut.R + at.row) * cut.C + at.column), x.type};
+  c.x = at_place(cut, at, x);
   if (mask.data) c.mask = {mask.data + at.o * mask.o + at.row * mask.r + at.column * mask.c, mask.o, mask.r, mask.c};
   return c;
 }
-
-inline Array at_place(const Cut& cut, const Place& at, Array a) {
-  return {a.at((at.o * cut.R + at.row) * cut.C + at.column), a.type};
-}
-
-inline bool aligned(Array a) { return reinterpret_cast<uintptr_t>(a.data) % kVectorBytes == 0; }
 
 // Whether to write past the caches: only whole aligned vectors can be.
 inline bool streams(const Cut& cut, Array out, int64_t bytes_in) {
@@ -77,7 +70,7 @@ inline void moments_chunk(const Leaf& leaf, const Cut& cut, const Place& at, Arr
   leaf.moments(c, to);
 }
 
-template <class A> ColumnChunk with_operands(const Cut& cut, const Place& at, const Column& in, void* scratch) {
+inline ColumnChunk with_operands(const Cut& cut, const Place& at, const Column& in, void* scratch) {
   ColumnChunk c = chunk_at(cut, at, in.x, in.mask);
   c.residual = at_place(cut, at, in.residual);
   c.act = in.act;
@@ -89,7 +82,7 @@ inline Smalls smalls(const Column& in) { return {in.center, in.offset, in.shift,
 
 template <class A> void apply_chunk(const Leaf& leaf, const Cut& cut, const Place& at, const Column& in, Array y, bool stream) {
   const Scratch scratch(column_scratch(in.x.type, cut.longest_period()));
-  ColumnChunk c = with_operands<A>(cut, at, in, scratch.get());
+  ColumnChunk c = with_operands(cut, at, in, scratch.get());
   const Periods<A> periods(cut, at, smalls(in), c);
   c.y = at_place(cut, at, y);
   c.stream = stream;
@@ -98,7 +91,7 @@ template <class A> void apply_chunk(const Leaf& leaf, const Cut& cut, const Plac
 
 template <class A> void sums_chunk(const Leaf& leaf, const Cut& cut, const Place& at, const Column& in, Array dy, const Partial& to) {
   const Scratch scratch(column_scratch(in.x.type, cut.longest_period()));
-  ColumnChunk c = with_operands<A>(cut, at, in, scratch.get());
+  ColumnChunk c = with_operands(cut, at, in, scratch.get());
   const Periods<A> periods(cut, at, smalls(in), c);
   c.dy = at_place(cut, at, dy);
   leaf.cotangent_sums(c, to);
@@ -108,7 +101,7 @@ template <class A>
 void cotangent_chunk(const Leaf& leaf, const Cut& cut, const Place& at, const Column& in, Array dy, const void* a, const void* b, Array dx,
                      Array dresidual, bool stream) {
   const Scratch scratch(column_scratch(in.x.type, cut.longest_period()));
-  ColumnChunk c = with_operands<A>(cut, at, in, scratch.get());
+  ColumnChunk c = with_operands(cut, at, in, scratch.get());
   Smalls s = smalls(in);
   s.a = a;
   s.b = b;

@@ -29,15 +29,13 @@ struct Rows {
   }
 };
 
-bool aligned(Array a) { return reinterpret_cast<uintptr_t>(a.data) % kVectorBytes == 0; }
-
 bool streams(const Row& in, Array out, int64_t bytes_in) {
   return in.O * in.R * size_of(out.type) + bytes_in > last_cache_bytes() && aligned(out) && in.R % 32 == 0;
 }
 
-template <class A, class Wide> void cotangent(const Leaf& leaf, Pool& pool, const Row& in, RowChunk c, A* dscale, A* dbias) {
+template <class A> void cotangent(const Leaf& leaf, Pool& pool, const Row& in, RowChunk c, A* dscale, A* dbias) {
   const Rows rows(in);
-  std::vector<Wide> sums(rows.chunks() * 2 * in.R);
+  std::vector<Wide<A>> sums(rows.chunks() * 2 * in.R);
   pool.run(rows.chunks(), [&](int64_t i) {
     const Scratch scratch(row_scratch(in.x.type, in.R));
     RowChunk own = c;
@@ -51,10 +49,10 @@ template <class A, class Wide> void cotangent(const Leaf& leaf, Pool& pool, cons
   const int64_t tile = 512, tiles = (in.R + tile - 1) / tile;
   pool.run(rows.G * tiles, [&](int64_t k) {
     const int64_t g = k / tiles, from = k % tiles * tile, to = std::min(from + tile, in.R);
-    Wide total[2][tile] = {};
+    Wide<A> total[2][tile] = {};
     for (int64_t i = g * rows.chunks_of_g; i < (g + 1) * rows.chunks_of_g; i++) {
       for (int which = 0; which < 2; which++) {
-        const Wide* const part = sums.data() + (i * 2 + which) * in.R;
+        const Wide<A>* const part = sums.data() + (i * 2 + which) * in.R;
         for (int64_t j = from; j < to; j++) total[which][j - from] += part[j];
       }
     }
@@ -94,9 +92,9 @@ void row_cotangent(Isa isa, Pool& pool, const Row& in, const RowStats& stats, Ar
   c.stats = stats;
   c.stream = streams(in, dx, in.O * in.R * (size_of(in.x.type) + size_of(dy.type)));
   if (is_double(in.x.type)) {
-    cotangent<double, long double>(leaf_of(isa), pool, in, c, static_cast<double*>(dscale), static_cast<double*>(dbias));
+    cotangent<double>(leaf_of(isa), pool, in, c, static_cast<double*>(dscale), static_cast<double*>(dbias));
   } else {
-    cotangent<float, double>(leaf_of(isa), pool, in, c, static_cast<float*>(dscale), static_cast<float*>(dbias));
+    cotangent<float>(leaf_of(isa), pool, in, c, static_cast<float*>(dscale), static_cast<float*>(dbias));
   }
 }
 

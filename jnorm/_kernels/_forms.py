@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,11 @@ def times_slope(act: str | None, z: Callable[[], jax.Array], v: jax.Array) -> ja
 
 def read(x: jax.Array) -> jax.Array:
     return x.astype(stats_dtype(x.dtype))
+
+
+def wider_dtype(a: jax.Array, b: jax.Array) -> Any:
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a.dtype, b.dtype)
 
 
 def apart(a: jax.Array, k: int) -> jax.Array:

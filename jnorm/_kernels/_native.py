@@ -9,6 +9,7 @@ import numpy as np
 
 from .._stats import Stats, all_combine, all_sum, combine, stats_dtype
 from ._canonical import Columns, Rows
+from ._forms import wider_dtype
 from ._op import Spans
 
 _ACTS = (None, "relu", "leaky_relu", "silu", "gelu")
@@ -186,7 +187,7 @@ def row_norm(
     rows = _rows(x, scale, axes, spans, dtype, *([] if residual is None else [residual.dtype]))
     if rows is None:
         return None
-    large = [dtype] if residual is None else [dtype, _wider(x, residual)]
+    large = [dtype] if residual is None else [dtype, wider_dtype(x, residual)]
     small = jax.ShapeDtypeStruct(rows.sizes[:1], stats_dtype(large[-1] if adds else x.dtype))
     out = _call(
         "row_norm",
@@ -195,11 +196,6 @@ def row_norm(
         act=_act(act), inner=np.int64(rows.inner), centered=centered, epsilon=np.float64(epsilon), residual=adds, mask=bool(mask),
     )  # fmt: skip
     return [*(v.reshape(x.shape) for v in out[: len(large)]), *(v.reshape(rows.small_shape()) for v in out[len(large) :])]
-
-
-def _wider(a: jax.Array, b: jax.Array) -> Any:
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(a.dtype, b.dtype)
 
 
 def row_cotangent(

@@ -29,7 +29,7 @@ from jax import lax
 
 from .._stats import all_sum, isolate, two_sum
 from . import _native
-from ._forms import DOWN, activate, apart, count, counted, first_center, local_sum, mean, read, sums, times_slope, usable
+from ._forms import DOWN, activate, apart, count, counted, first_center, local_sum, mean, read, sums, times_slope, usable, wider_dtype
 from ._op import Op, Spans, adjoint
 
 # A row that deviates by more than a limit is multiplied by the power beside it, the last that applies: its squares are then in range, and
@@ -76,8 +76,7 @@ def _power(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], centered: 
 
 def added(x: jax.Array, residual: jax.Array) -> jax.Array:
     """x + residual in the wider dtype of the two."""
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(x.dtype, residual.dtype)
+    dtype = wider_dtype(x, residual)
     # The barrier has the compiler round the sum before it is normalized, and write it once instead of adding for every read of it.
     return lax.optimization_barrier(x.astype(dtype) + residual.astype(dtype))
 
