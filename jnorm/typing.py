@@ -1,7 +1,7 @@
 """Types of jnorm's public functions."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from jaxtyping import Array, ArrayLike, Complex, Float
 
@@ -12,6 +12,7 @@ Mask = ArrayLike
 Activation = str | Callable[[Array], Array]
 Momentum = float | Array | None
 Map = Callable[[Any, Any], tuple]
+Save = Literal["input", "output"]
 
 
 class BatchNormState(TypedDict):
@@ -29,4 +30,4 @@ class SpectralNormState(TypedDict):
     sigma: Float[Array, ""]
 
 
-__all__ = ["Activation", "Axes", "AxisIndexGroups", "AxisName", "BatchNormState", "Map", "Mask", "Momentum", "SpectralNormState"]
+__all__ = ["Activation", "Axes", "AxisIndexGroups", "AxisName", "BatchNormState", "Map", "Mask", "Momentum", "Save", "SpectralNormState"]

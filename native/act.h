@@ -43,11 +43,20 @@ template <class A> JNORM_INLINE V<A> sigmoid(V<A> z) { return A(1) / (A(1) + exp
 
 // An activation that is known only when it runs: for what is rare, so that not everything is compiled five times.
 constexpr Act kAnyAct = static_cast<Act>(-1);
+// What is given is y, of no activation or leaky_relu: which, is known when it runs.
+constexpr Act kOutput = static_cast<Act>(-2);
+constexpr double kLeak = 0.01;
+
+// The z of which y = act(z).
+template <class A> JNORM_INLINE V<A> inverted(V<A> y, Act any) {
+  const A steep = any == Act::leaky_relu ? A(1 / kLeak) : A(1);
+  return y < 0 ? y * steep : y;
+}
 
 template <Act act, class A> JNORM_INLINE V<A> activate(V<A> z, Act any) {
   if constexpr (act == Act::none) return z;
   if constexpr (act == Act::relu) return z < 0 ? V<A>{} : z;
-  if constexpr (act == Act::leaky_relu) return z < 0 ? z * A(0.01) : z;
+  if constexpr (act == Act::leaky_relu) return z < 0 ? z * A(kLeak) : z;
   if constexpr (act == Act::silu) return z * sigmoid<A>(z);
   if constexpr (act == Act::gelu) return z * sigmoid<A>(z * (A(2 * kRootTwoOverPi) + A(2 * kRootTwoOverPi * kCubic) * z * z));
   switch (any) {
@@ -63,7 +72,8 @@ template <Act act, class A> JNORM_INLINE V<A> activate(V<A> z, Act any) {
 template <Act act, class A> JNORM_INLINE V<A> times_slope(V<A> z, V<A> v, Act any) {
   if constexpr (act == Act::none) return v;
   if constexpr (act == Act::relu) return z > 0 ? v : V<A>{};
-  if constexpr (act == Act::leaky_relu) return z >= 0 ? v : v * A(0.01);
+  if constexpr (act == Act::leaky_relu) return z >= 0 ? v : v * A(kLeak);
+  if constexpr (act == kOutput) return z >= 0 ? v : v * (any == Act::leaky_relu ? A(kLeak) : A(1));
   if constexpr (act == Act::silu) {
     const V<A> s = sigmoid<A>(z), slope = s * (A(1) + z * (A(1) - s));
     return v == 0 ? V<A>{} : slope * v;

@@ -1,4 +1,6 @@
 // What is done with a column's statistics: y, the sums of the backward pass, dx.
+#include <type_traits>
+
 #include "act.h"
 #include "column.h"
 
@@ -20,20 +22,26 @@ template <class A, class S> struct Streams {
   const A* mask;      // 1 where an element counts
 };
 
-// One vector's worth of z and xc.
-template <class A, bool M> struct Point {
-  V<A> inner, xc;
+// One vector's worth of z, but for a residual, and xc.
+template <class A, Act act, bool M> struct Point {
+  V<A> z, xc;
   I<A> usable, counted;
-  JNORM_INLINE Point(V<A> x, V<A> center, V<A> offset, V<A> shift, const A* mask) {
-    const V<A> near = x - center;
-    inner = near - shift;
-    xc = near - offset;
+  JNORM_INLINE Point(V<A> x, V<A> center, V<A> offset, V<A> shift, V<A> mul, V<A> add, const A* mask, Act any) {
     if constexpr (M) {
       counted = load(mask) != 0;
       usable = counted | ((x - x) == 0);
-      inner = usable ? inner : offset - shift;
-      xc = usable ? xc : V<A>{};
     }
+    if constexpr (act == kOutput) {
+      z = inverted<A>(x, any);
+      xc = (z - add) * center + (shift - offset);
+    } else {
+      const V<A> near = x - center;
+      V<A> inner = near - shift;
+      if constexpr (M) inner = usable ? inner : offset - shift;
+      z = inner * mul + add;
+      xc = near - offset;
+    }
+    if constexpr (M) xc = usable ? xc : V<A>{};
   }
 };
 
@@ -43,8 +51,8 @@ JNORM_INLINE void apply_row(const Period<A>& p, const Streams<A, S>& in, Y* y, c
     const int64_t j = start<A>(v, rows.length);
     const V<A> center = load(p.center + j), shift = load(p.shift + j), mul = load(p.mul + j), add = load(p.add + j);
     const V<A> offset = M ? load(p.offset + j) : V<A>{};
-    const Point<A, M> point(load(in.x + j), center, offset, shift, M ? in.mask + j : nullptr);
-    V<A> z = point.inner * mul + add;
+    const Point<A, act, M> point(load(in.x + j), center, offset, shift, mul, add, M ? in.mask + j : nullptr, any);
+    V<A> z = point.z;
     if constexpr (R) z += load(in.residual + j);
     if (streamed) {
       stream(y + j, activate<act, A>(z, any));
@@ -61,8 +69,8 @@ JNORM_INLINE void sums_row(const Period<A>& p, const Streams<A, S>& in, const Y*
     const V<A> center = load(p.center + j), offset = load(p.offset + j);
     V<A> shift = offset, mul{}, add{};
     if constexpr (act != Act::none) shift = load(p.shift + j), mul = load(p.mul + j), add = load(p.add + j);
-    const Point<A, M> point(load(in.x + j), center, offset, shift, M ? in.mask + j : nullptr);
-    V<A> z = point.inner * mul + add;
+    const Point<A, act, M> point(load(in.x + j), center, offset, shift, mul, add, M ? in.mask + j : nullptr, any);
+    V<A> z = point.z;
     if constexpr (R) z += load(in.residual + j);
     const V<A> g = times_slope<act, A>(z, load(dy + j), any);
     const int64_t k = v * Traits<A>::N;
@@ -79,8 +87,8 @@ JNORM_INLINE void cotangent_row(const Period<A>& p, const Streams<A, S>& in, con
     const V<A> center = load(p.center + j), offset = load(p.offset + j), mul = load(p.mul + j), a = load(p.a + j), b = load(p.b + j);
     V<A> shift = offset, add{};
     if constexpr (act != Act::none) shift = load(p.shift + j), add = load(p.add + j);
-    const Point<A, M> point(load(in.x + j), center, offset, shift, M ? in.mask + j : nullptr);
-    V<A> z = point.inner * mul + add;
+    const Point<A, act, M> point(load(in.x + j), center, offset, shift, mul, add, M ? in.mask + j : nullptr, any);
+    V<A> z = point.z;
     if constexpr (R) z += load(in.residual + j);
     const V<A> g = times_slope<act, A>(z, load(dy + j), any);
     V<A> through = mul * g, statistics = a + b * point.xc;
@@ -156,6 +164,9 @@ struct Cotangent {
 template <class Op, class A, class S, class Y, bool R, bool M>
 void run_act(const ColumnChunk& c, const Period<A>& p, Streams<A, S> in, Y* y, S* dx, S* dr, Rows rows, A* first, A* second) {
   constexpr bool is_float = sizeof(A) == 4, common = is_float && !M, alike = sizeof(S) == sizeof(Y);
+  if constexpr (!R && !std::is_same_v<Op, Apply>) {
+    if (c.output) return Op::template rows<A, S, Y, kOutput, R, M>(c, p, in, y, dx, dr, rows, first, second);
+  }
   if constexpr (!M && !R) {
     if (c.act == Act::none) return Op::template rows<A, S, Y, Act::none, R, M>(c, p, in, y, dx, dr, rows, first, second);
   }

@@ -74,6 +74,7 @@ inline ColumnChunk with_operands(const Cut& cut, const Place& at, const Column& 
   ColumnChunk c = chunk_at(cut, at, in.x, in.mask);
   c.residual = at_place(cut, at, in.residual);
   c.act = in.act;
+  c.output = in.output;
   c.scratch = scratch;
   return c;
 }

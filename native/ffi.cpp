@@ -107,7 +107,7 @@ ffi::Error moments_call(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::R
 }
 
 // x, center, offset, shift, mul, add, [residual], [mask], from operand `first` on.
-Column column_of(Operands& of, size_t first, int32_t act, bool residual, bool mask) {
+Column column_of(Operands& of, size_t first, int32_t act, bool residual, bool mask, bool output) {
   Column c{};
   c.x = of.array();
   c.center = of.small();
@@ -118,6 +118,7 @@ Column column_of(Operands& of, size_t first, int32_t act, bool residual, bool ma
   c.residual = of.array(residual);
   c.mask = of.mask(mask);
   c.act = static_cast<Act>(act);
+  c.output = output;
   const auto d = of.dimensions(first);
   if (d.size() == 3) c.O = d[0], c.R = d[1], c.C = d[2];
   return c;
@@ -125,7 +126,7 @@ Column column_of(Operands& of, size_t first, int32_t act, bool residual, bool ma
 
 ffi::Error apply_call(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t act, bool residual, bool mask) {
   Operands of(args, rets);
-  const Column c = column_of(of, 0, act, residual, mask);
+  const Column c = column_of(of, 0, act, residual, mask, false);
   const Array y = of.result();
   if (auto e = of.error(3); e.failure()) return e;
   XlaPool pool(threads);
@@ -134,10 +135,10 @@ ffi::Error apply_call(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Rem
 }
 
 ffi::Error cotangent_sums_call(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t act, bool residual,
-                               bool mask) {
+                               bool mask, bool output) {
   Operands of(args, rets);
   const Array dy = of.array();
-  const Column c = column_of(of, 1, act, residual, mask);
+  const Column c = column_of(of, 1, act, residual, mask, output);
   void *const first = of.result().data, *const second = of.result().data;
   if (auto e = of.error(3); e.failure()) return e;
   XlaPool pool(threads);
@@ -146,11 +147,11 @@ ffi::Error cotangent_sums_call(ffi::ThreadPool threads, ffi::RemainingArgs args,
 }
 
 ffi::Error cotangent_apply_call(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t act, bool residual,
-                                bool mask) {
+                                bool mask, bool output) {
   Operands of(args, rets);
   const Array dy = of.array();
   const void *const a = of.small(), *const b = of.small();
-  const Column c = column_of(of, 3, act, residual, mask);
+  const Column c = column_of(of, 3, act, residual, mask, output);
   const Array dx = of.result(), dresidual = of.result(residual);
   if (auto e = of.error(3); e.failure()) return e;
   XlaPool pool(threads);
@@ -180,9 +181,10 @@ ffi::Error group_norm_call(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi
 }
 
 ffi::Error group_cotangent_call(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t act, int64_t group,
-                                bool mask) {
+                                bool mask, bool output) {
   Operands of(args, rets);
   Group g{};
+  g.output = output;
   const Array dy = of.array();
   g.x = of.array();
   const void *const center = of.small(), *const offset = of.small(), *const rstd = of.small();
@@ -230,9 +232,10 @@ ffi::Error row_norm_call(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::
 }
 
 ffi::Error row_cotangent_call(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets, int32_t act, int64_t inner,
-                              bool centered, bool residual, bool mask) {
+                              bool centered, bool residual, bool mask, bool output) {
   Operands of(args, rets);
   Row row{};
+  row.output = output;
   const Array dy = of.array(), dsum = of.array(residual);
   row.x = of.array();
   RowStats stats{};
@@ -267,11 +270,11 @@ JNORM_EXPORT const char* jnorm_isa() { return jnorm::name_of(jnorm::chosen_isa()
 
 JNORM_HANDLER(moments, jnorm::call().Attr<bool>("mask"));
 JNORM_HANDLER(apply, jnorm::call().Attr<int32_t>("act").Attr<bool>("residual").Attr<bool>("mask"));
-JNORM_HANDLER(cotangent_sums, jnorm::call().Attr<int32_t>("act").Attr<bool>("residual").Attr<bool>("mask"));
-JNORM_HANDLER(cotangent_apply, jnorm::call().Attr<int32_t>("act").Attr<bool>("residual").Attr<bool>("mask"));
+JNORM_HANDLER(cotangent_sums, jnorm::call().Attr<int32_t>("act").Attr<bool>("residual").Attr<bool>("mask").Attr<bool>("output"));
+JNORM_HANDLER(cotangent_apply, jnorm::call().Attr<int32_t>("act").Attr<bool>("residual").Attr<bool>("mask").Attr<bool>("output"));
 JNORM_HANDLER(group_norm, jnorm::call().Attr<int32_t>("act").Attr<int64_t>("group").Attr<double>("epsilon").Attr<bool>("mask"));
-JNORM_HANDLER(group_cotangent, jnorm::call().Attr<int32_t>("act").Attr<int64_t>("group").Attr<bool>("mask"));
+JNORM_HANDLER(group_cotangent, jnorm::call().Attr<int32_t>("act").Attr<int64_t>("group").Attr<bool>("mask").Attr<bool>("output"));
 JNORM_HANDLER(row_norm, jnorm::call().Attr<int32_t>("act").Attr<int64_t>("inner").Attr<bool>("centered").Attr<double>("epsilon")
                             .Attr<bool>("residual").Attr<bool>("mask"));
 JNORM_HANDLER(row_cotangent, jnorm::call().Attr<int32_t>("act").Attr<int64_t>("inner").Attr<bool>("centered").Attr<bool>("residual")
-                                 .Attr<bool>("mask"));
+                                 .Attr<bool>("mask").Attr<bool>("output"));

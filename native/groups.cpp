@@ -13,7 +13,7 @@ template <class A> class Groups {
     const bool stream = streams(cut_, y, size * size_of(in_.x.type));
     std::vector<A> mul(in_.O * in_.C);
     Partials<A> partials(cut_, cut_.chunks());
-    const Column column = operands(center, offset, mul.data());
+    const Column column = operands(center, offset, mul.data(), false);
     each_sample(
         [&](int64_t i) { moments_chunk(leaf_, cut_, Place(cut_, i), in_.x, in_.mask, partials.of(i)); },
         [&](int64_t o) { combine(merged_moments(cut_, partials, o * n), o, epsilon, center, offset, rstd, mul.data()); },
@@ -24,9 +24,13 @@ template <class A> class Groups {
     const int64_t size = in_.O * in_.R * in_.C, n = cut_.chunks_of_o();
     const bool stream = streams(cut_, dx, size * (size_of(in_.x.type) + size_of(dy.type)));
     std::vector<A> mul(in_.O * in_.C), a(in_.O * in_.C), b(in_.O * in_.C);
-    for (int64_t i = 0; i < in_.O * in_.C; i++) mul[i] = rstd[i] * scale(i);
+    std::vector<A> inverse(in_.output ? in_.O * in_.C : 0);
+    for (int64_t i = 0; i < in_.O * in_.C; i++) {
+      mul[i] = rstd[i] * scale(i);
+      if (in_.output) inverse[i] = mul[i] == 0 ? A(0) : 1 / mul[i];
+    }
     Partials<A> partials(cut_, cut_.chunks());
-    const Column column = operands(center, offset, mul.data());
+    const Column column = operands(in_.output ? inverse.data() : center, offset, mul.data(), in_.output);
     each_sample(
         [&](int64_t i) { sums_chunk<A>(leaf_, cut_, Place(cut_, i), column, dy, partials.of(i)); },
         [&](int64_t o) { back(merged_sums(cut_, partials, o * n), o, rstd, a.data(), b.data(), dscale, dbias); },
@@ -36,8 +40,8 @@ template <class A> class Groups {
  private:
   A scale(int64_t i) const { return static_cast<const A*>(in_.scale)[i]; }
 
-  Column operands(const A* center, const A* offset, const A* mul) const {
-    return {in_.O, in_.R, in_.C, in_.x, {}, in_.mask, center, offset, offset, mul, in_.bias, in_.act};
+  Column operands(const A* center, const A* offset, const A* mul, bool output) const {
+    return {in_.O, in_.R, in_.C, in_.x, {}, in_.mask, center, offset, offset, mul, in_.bias, in_.act, output};
   }
 
   // Chunk by chunk in the same order, whether a sample is one task or its chunks are.

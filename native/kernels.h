@@ -43,12 +43,15 @@ bool available(Isa isa);
 Isa best_isa();
 
 // z = ((x - center) - shift)·mul + add + residual, and xc = (x - center) - offset. Small operands are [O, C].
+// With `output`, which `apply` does not take, x is y = act(z), center is 1 / mul, and there is no residual: z comes from y, xc from z. The
+// activation is none or leaky_relu.
 struct Column {
   int64_t O, R, C;
   Array x, residual;
   Mask mask;
   const void *center, *offset, *shift, *mul, *add;
   Act act;
+  bool output;
 };
 
 // count, center, offset, m2: [O, C].
@@ -62,12 +65,14 @@ void cotangent_apply(Isa, Pool&, const Column&, Array dy, const void* a, const v
 
 // y = act((x - mean)·rstd·scale + bias), with statistics over R and each `group` neighboring channels. scale and bias are [O, C];
 // center, offset and rstd are [O, C], the same for all channels of a group.
+// With `output`, which `group_norm` does not take, x is y, as above.
 struct Group {
   int64_t O, R, C, group;
   Array x;
   Mask mask;
   const void *scale, *bias;
   Act act;
+  bool output;
 };
 void group_norm(Isa, Pool&, const Group&, double epsilon, Array y, void* center, void* offset, void* rstd);
 // dscale and dbias are [O, C].
@@ -83,6 +88,7 @@ struct Row {
   const void *scale, *bias;
   Act act;
   bool centered;
+  bool output;  // x is y, as above: for row_cotangent, without dsum
 };
 struct RowStats {
   void *power, *center, *offset, *rstd;  // [O]

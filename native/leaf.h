@@ -14,6 +14,7 @@ struct ColumnChunk {
   Mask mask;
   const void *center, *offset, *shift, *mul, *add, *a, *b;
   Act act;
+  bool output;  // x is y
   bool stream;  // write past the caches
   void* scratch;
 };

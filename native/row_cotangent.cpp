@@ -11,19 +11,31 @@ template <class A> struct OfRow {
   Wide<A> n;
 };
 
+// A chunk's scale and bias, and where x is y, 1 / scale.
+template <class A> struct Affine {
+  const A *scale, *bias, *inverse;
+};
+
 // xhat and g = act'·dy of a row into scratch memory, and Σ g·scale and Σ g·scale·xhat. What is passed by value stays in registers.
 template <class A, class S, class Y, Act act, bool M>
-JNORM_INLINE void first_pass(const S* x, const Y* dy, const A* mask, const A* scale, const A* bias, int64_t n, const OfRow<A> of, A* xhat,
-                             A* g, Wide<A>* sums, Act any) {
+JNORM_INLINE void first_pass(const S* x, const Y* dy, const A* mask, const Affine<A> affine, int64_t n, const OfRow<A> of, A* xhat, A* g,
+                             Wide<A>* sums, Act any) {
   constexpr int64_t N = Traits<A>::N;
   V<A> one0{}, one1{}, two0{}, two1{};
   auto step = [&](int64_t j, V<A>& one, V<A>& two) {
-    const V<A> v = load(x + j) * of.power;
-    V<A> deviation = (v - of.center) - of.offset;
-    if constexpr (M) deviation = load(mask + j) == Kind<A>::unusable ? V<A>{} : deviation;
-    const V<A> hat = deviation * of.rstd;
-    const V<A> weight = load(scale + j);
-    const V<A> z = act == Act::none ? hat : hat * weight + load(bias + j);
+    const V<A> weight = load(affine.scale + j);
+    V<A> z, hat;
+    if constexpr (act == kOutput) {
+      z = inverted<A>(load(x + j), any);
+      hat = (z - load(affine.bias + j)) * load(affine.inverse + j);
+    } else {
+      hat = (load(x + j) * of.power - of.center) - of.offset;
+    }
+    if constexpr (M) hat = load(mask + j) == Kind<A>::unusable ? V<A>{} : hat;
+    if constexpr (act != kOutput) {
+      hat *= of.rstd;
+      z = act == Act::none ? hat : hat * weight + load(affine.bias + j);
+    }
     const V<A> slope = times_slope<act, A>(z, load(dy + j), any), through = slope * weight;
     store(xhat + j, hat);
     store(g + j, slope);
@@ -88,17 +100,24 @@ void second_pass_of(const Second<A>* of, const A* scale, int64_t n, S* const* dx
 }
 
 template <class A, class S, class Y, bool M>
-void first_pass_of(Act act, const S* x, const Y* dy, const A* mask, const A* scale, const A* bias, int64_t n, const OfRow<A>& of, A* xhat,
-                   A* g, Wide<A>* sums) {
-  act == Act::none ? first_pass<A, S, Y, Act::none, M>(x, dy, mask, scale, bias, n, of, xhat, g, sums, act)
-                   : first_pass<A, S, Y, kAnyAct, M>(x, dy, mask, scale, bias, n, of, xhat, g, sums, act);
+void first_pass_of(Act act, const S* x, const Y* dy, const A* mask, const Affine<A>& affine, int64_t n, const OfRow<A>& of, A* xhat, A* g,
+                   Wide<A>* sums) {
+  affine.inverse     ? first_pass<A, S, Y, kOutput, M>(x, dy, mask, affine, n, of, xhat, g, sums, act)
+  : act == Act::none ? first_pass<A, S, Y, Act::none, M>(x, dy, mask, affine, n, of, xhat, g, sums, act)
+                     : first_pass<A, S, Y, kAnyAct, M>(x, dy, mask, affine, n, of, xhat, g, sums, act);
+}
+
+template <class A> const A* inverse_of(const A* scale, int64_t n, A* to) {
+  for (int64_t j = 0; j < n; j++) to[j] = scale[j] == 0 ? A(0) : 1 / scale[j];
+  return to;
 }
 
 // With `staged`, S and Y are A.
 template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(const Row& row, const RowChunk& c) {
   const Scratch<A> scratch(row, c.scratch);
   const A* const scale = whole_vectors<A>(row.scale, row, c.g, scratch.at(0));
-  const A* const bias = whole_vectors<A>(row.bias, row, c.g, scratch.at(1));
+  const Affine<A> affine{scale, whole_vectors<A>(row.bias, row, c.g, scratch.at(1)),
+                         row.output ? inverse_of<A>(scale, scratch.n, scratch.at(12)) : nullptr};
   A *const block_scale = scratch.at(2), *const block_bias = scratch.at(3);
   constexpr int T = staged ? 1 : kTogether;
   A *const staged_x = scratch.at(4 + 2), *const staged_dy = scratch.at(4 + 3), *const mask = scratch.at(4 + 4),
@@ -127,12 +146,12 @@ template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(co
           widen(staged_dy, c.dy, at, row.R, scratch.n);
           if (c.dsum) widen(staged_dsum, c.dsum, at, row.R, scratch.n);
           if constexpr (M) r.n = spread_row_mask(row, o, staged_x, mask, scratch.n);
-          first_pass_of<A, A, A, M>(row.act, staged_x, staged_dy, mask, scale, bias, n, r, xhat, g, sums);
+          first_pass_of<A, A, A, M>(row.act, staged_x, staged_dy, mask, affine, n, r, xhat, g, sums);
           dx[t] = staged_dx;
           dsum[t] = c.dsum ? staged_dsum : nullptr;
         } else {
-          first_pass_of<A, S, Y, false>(row.act, static_cast<const S*>(row.x.data) + at, static_cast<const Y*>(c.dy.data) + at, nullptr, scale,
-                                        bias, n, r, xhat, g, sums);
+          first_pass_of<A, S, Y, false>(row.act, static_cast<const S*>(row.x.data) + at, static_cast<const Y*>(c.dy.data) + at, nullptr, affine,
+                                        n, r, xhat, g, sums);
           dx[t] = static_cast<S*>(c.dx.data) + at;
           dsum[t] = c.dsum ? static_cast<const S*>(c.dsum.data) + at : nullptr;
         }

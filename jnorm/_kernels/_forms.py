@@ -22,8 +22,22 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+# Those of which z can be told from y.
+INVERTIBLE = (None, "leaky_relu")
+
+
 def activate(act: str | None, z: jax.Array) -> jax.Array:
     return z if act is None else ACTIVATIONS[act](z)
+
+
+def inverted(act: str | None, y: jax.Array) -> jax.Array:
+    """The z of which y = act(z)."""
+    return jnp.where(y < 0, y / 0.01, y) if act == "leaky_relu" else y
+
+
+def reciprocal(v: jax.Array) -> jax.Array:
+    """1 / v, 0 where v is: what has been multiplied by 0 is read as the mean."""
+    return jnp.where(v == 0, 0, 1 / jnp.where(v == 0, 1, v))
 
 
 def times_slope(act: str | None, z: Callable[[], jax.Array], v: jax.Array) -> jax.Array:

@@ -49,13 +49,19 @@ def moments(x: jax.Array, *mask: jax.Array, axes: Sequence[int], spans: Spans) -
     return list(all_combine(stats, spans(axes), partitioned=True))
 
 
+def _smalls(named: dict[str, jax.Array]) -> tuple[str, ...]:
+    """The center, or what stands in its place where y is kept instead of x."""
+    return "inverse" if "inverse" in named else "center", "offset", "shift", "mul", "add"
+
+
 class _Column:
     """The operands that all ops but `moments` share, as the kernels take them."""
 
     def __init__(self, columns: Columns, named: dict[str, jax.Array]):
         self.columns, self.x = columns, named["x"]
         self.residual, self.mask = named.get("residual"), named.get("mask")
-        self.smalls = [columns.small(named[k]) for k in ("center", "offset", "shift", "mul", "add")]
+        self.output = "inverse" in named
+        self.smalls = [columns.small(named[k]) for k in _smalls(named)]
 
     @classmethod
     def of(cls, args: Sequence[jax.Array], operands: tuple[str, ...], *more: jax.Array, dtypes: Sequence[Any]) -> "_Column | None":
@@ -64,7 +70,7 @@ class _Column:
         x, residual = named["x"], named.get("residual")
         if "scale" in named or not _fits(x.dtype, *dtypes, *([] if residual is None else [residual.dtype])):
             return None
-        smalls = [*more, *(named[k] for k in ("center", "offset", "shift", "mul", "add"))]
+        smalls = [*more, *(named[k] for k in _smalls(named))]
         columns = Columns.of(x.shape, [i for i in range(x.ndim) if all(v.shape[i] == 1 for v in smalls)])
         return None if columns is None else cls(columns, named)
 
@@ -97,7 +103,8 @@ def cotangent_sums(
         return None
     columns = column.columns
     small = columns.small_aval(stats_dtype(column.x.dtype))
-    found = _call("cotangent_sums", [small] * 2, [columns.large(dy), *column.operands()], **column.attributes(act))
+    operands = [columns.large(dy), *column.operands()]
+    found = _call("cotangent_sums", [small] * 2, operands, **column.attributes(act), output=column.output)
     return all_sum([v.reshape(columns.small_shape).sum(columns.extra, keepdims=True) for v in found], spans(map_axes))
 
 
@@ -114,6 +121,7 @@ def cotangent_apply(
         [columns.large_aval(v.dtype) for v in large],
         [columns.large(dy), columns.small(a), columns.small(b), *column.operands()],
         **column.attributes(act),
+        output=column.output,
     )
     return [v.reshape(column.x.shape) for v in out]
 
@@ -152,7 +160,7 @@ def group_norm(
 
 def group_cotangent(
     dy: jax.Array, x: jax.Array, *args: jax.Array, axes: tuple, channel_axes: tuple, group_size: int, scale_axes: tuple, act: str | None,
-    spans: Spans, **_: Any,
+    output: bool, spans: Spans, **_: Any,
 ) -> list[jax.Array] | None:  # fmt: skip
     columns = _group_columns(x, axes, channel_axes, group_size, spans)
     if columns is None or not _fits(x.dtype, dy.dtype):
@@ -162,7 +170,7 @@ def group_cotangent(
         "group_cotangent",
         [columns.large_aval(x.dtype), small, small],
         [columns.large(dy), columns.large(x), *map(columns.small, args[:5]), *map(columns.mask, args[5:])],
-        act=_act(act), group=np.int64(group_size if channel_axes else 1), mask=len(args) > 5,
+        act=_act(act), group=np.int64(group_size if channel_axes else 1), mask=len(args) > 5, output=output,
     )  # fmt: skip
     rest = [i for i in scale_axes if i not in axes]
     return [dx.reshape(x.shape), *all_sum([v.reshape(columns.small_shape).sum(rest, keepdims=True) for v in affine], spans(scale_axes))]
@@ -199,8 +207,9 @@ def row_norm(
 
 
 def row_cotangent(
-    dy: jax.Array, *args: jax.Array, axes: tuple, scale_axes: tuple, centered: bool, adds: bool, act: str | None, spans: Spans, **_: Any
-) -> list[jax.Array] | None:
+    dy: jax.Array, *args: jax.Array, axes: tuple, scale_axes: tuple, centered: bool, adds: bool, output: bool, act: str | None,
+    spans: Spans, **_: Any,
+) -> list[jax.Array] | None:  # fmt: skip
     dsum, (x, *stats) = (args[0], args[1:]) if adds else (None, args)
     stats, (scale, bias, *mask) = stats[:4], stats[4:]
     rows = _rows(x, scale, axes, spans, dy.dtype)
@@ -214,7 +223,7 @@ def row_cotangent(
             rows.large(dy), None if dsum is None else rows.large(dsum), rows.large(x), *map(rows.small, stats), rows.affine(scale),
             rows.affine(bias), *map(rows.mask, mask),
         ],
-        act=_act(act), inner=np.int64(rows.inner), centered=centered, residual=adds, mask=bool(mask),
+        act=_act(act), inner=np.int64(rows.inner), centered=centered, residual=adds, mask=bool(mask), output=output,
     )  # fmt: skip
     rest = [i for i in scale_axes if rows.affine_shape[i] > 1]
     return [dx.reshape(x.shape), *all_sum([v.reshape(rows.affine_shape).sum(rest, keepdims=True) for v in sums], spans(scale_axes))]

@@ -12,6 +12,7 @@ With g = act'(z)·dy, the linear ops and their transposes are
     spread(p, q, ds, db)  -> act'·((p + q·xc)·scale + ds·(z's inner part) + db)  cotangent_sums(dy)         -> Σg·scale, Σg·scale·xc, ds, db
 
 Sums that belong to statistics, and a + b·xc, take counted elements only. Every op recomputes act' from x, which is all that is kept.
+With `inverse`, which is 1 / mul, y is kept in place of x, and stands there: x - center = (act⁻¹(y) - add)·inverse + shift.
 Column statistics (batch, group, instance norms) have no scale and bias here: they are in mul and add. Rows have.
 """
 
@@ -22,12 +23,12 @@ import jax
 
 from .._stats import Stats, all_combine, finite, isolate, two_sum
 from . import _native
-from ._forms import activate, constant_axes, count, counted, first_center, mean, read, sums, times_slope, usable
+from ._forms import activate, constant_axes, count, counted, first_center, inverted, mean, read, sums, times_slope, usable
 from ._op import Op, Spans, adjoint, one_device
 
 
 class Operands(NamedTuple):
-    """The operands that all ops but `moments` share, in order; the last four where the parameters say so."""
+    """The operands that all ops but `moments` share, in order; the last five where the parameters say so."""
 
     x: jax.Array
     center: jax.Array
@@ -39,6 +40,7 @@ class Operands(NamedTuple):
     bias: jax.Array | None = None
     residual: jax.Array | None = None
     mask: jax.Array | None = None
+    inverse: jax.Array | None = None
 
     def present(self) -> list[jax.Array]:
         return [v for v in self if v is not None]
@@ -50,19 +52,25 @@ class Operands(NamedTuple):
         return {"operands": has} | {k: constant_axes(v, self.x) for k, v in along.items()}
 
     @classmethod
-    def of(cls, values: Sequence[jax.Array], operands: tuple[str, ...]) -> "Operands":
+    def of(cls, values: Sequence[jax.Array], operands: tuple[str, ...], act: str | None) -> "Operands":
+        """With `inverse`, x is act⁻¹(y)."""
         named = dict(zip(operands, values, strict=True))
-        small = ("center", "offset", "shift", "mul", "add")
-        return cls(**{k: isolate(v) if k in small else v for k, v in named.items()})
+        small = ("center", "offset", "shift", "mul", "add", "inverse")
+        o = cls(**{k: isolate(v) if k in small else v for k, v in named.items()})
+        return o if o.inverse is None else o._replace(x=inverted(act, read(o.x)))
 
     def usable(self, v: jax.Array, otherwise: jax.Array | int = 0) -> jax.Array:
         return usable(v, self.x, self.mask, otherwise)
 
     def centered(self) -> jax.Array:
         """xc, 0 where x is read as the mean."""
+        if self.inverse is not None:
+            return self.usable((self.x - self.add) * self.inverse + (self.shift - self.offset))
         return self.usable((read(self.x) - self.center) - self.offset)
 
     def mapped(self) -> jax.Array:
+        if self.inverse is not None:
+            return self.x
         shifted = self.usable((read(self.x) - self.center) - self.shift, self.offset - self.shift)
         return shifted * self.mul + self.add
 
@@ -89,12 +97,12 @@ def moments_form(x: jax.Array, *mask: jax.Array, axes: Sequence[int], spans: Spa
 
 
 def apply_form(*args: jax.Array, act: str | None, dtype: Any, operands: tuple, spans: Spans, **_: Any) -> list[jax.Array]:
-    return [activate(act, Operands.of(args, operands).z()).astype(dtype)]
+    return [activate(act, Operands.of(args, operands, act).z()).astype(dtype)]
 
 
 def fork_form(*args: jax.Array, act: str | None, dtype: Any, operands: tuple, axes: tuple, spans: Spans, **_: Any) -> list[jax.Array]:
     n = _linear_of_fork(operands)
-    dx, o = read(args[0]), Operands.of(args[n:], operands)
+    dx, o = read(args[0]), Operands.of(args[n:], operands, act)
     through = o.usable(o.scaled(dx * o.mul))
     if o.residual is not None:
         through = through + read(args[1])
@@ -103,15 +111,15 @@ def fork_form(*args: jax.Array, act: str | None, dtype: Any, operands: tuple, ax
 
 
 def cotangent_apply_form(*args: jax.Array, act: str | None, operands: tuple, spans: Spans, **_: Any) -> list[jax.Array]:
-    dy, a, b, o = read(args[0]), isolate(args[1]), isolate(args[2]), Operands.of(args[3:], operands)
+    dy, a, b, o = read(args[0]), isolate(args[1]), isolate(args[2]), Operands.of(args[3:], operands, act)
     g = times_slope(act, o.z, dy)
     dx = o.usable(o.scaled(g * o.mul)) + counted(a + b * o.centered(), o.mask)
-    return [dx.astype(o.x.dtype)] + ([] if o.residual is None else [g.astype(o.residual.dtype)])
+    return [dx.astype(args[3].dtype)] + ([] if o.residual is None else [g.astype(o.residual.dtype)])
 
 
 def spread_form(*args: jax.Array, act: str | None, dtype: Any, operands: tuple, spans: Spans, **_: Any) -> list[jax.Array]:
     n = _linear_of_spread(operands)
-    linear, o = args[:n], Operands.of(args[n:], operands)
+    linear, o = args[:n], Operands.of(args[n:], operands, act)
     v = o.scaled(isolate(linear[0]) + isolate(linear[1]) * o.centered())
     if o.scale is not None:
         v = v + linear[2] * o.mapped() + linear[3]
@@ -121,7 +129,7 @@ def spread_form(*args: jax.Array, act: str | None, dtype: Any, operands: tuple, 
 def cotangent_sums_form(
     dy: jax.Array, *args: jax.Array, act: str | None, operands: tuple, map_axes: tuple, scale_axes: tuple, spans: Spans, **_: Any
 ) -> list[jax.Array]:
-    o = Operands.of(args, operands)
+    o = Operands.of(args, operands, act)
     g = times_slope(act, o.z, read(dy))
     out = sums([o.scaled(g), o.scaled(g) * o.centered()], map_axes, spans)
     return out if o.scale is None else out + sums([g * o.mapped(), g], scale_axes, spans)

@@ -11,7 +11,8 @@ the derivative and its transpose are
     group_cotangent(dy)       -> rstd·scale·g + a + b·xc, Σ g·xc·rstd, Σ g
                                                      a = -rstd·T(scale·S g)/n     b = -rstd³·T(scale·S g·xc)/n
 
-where the sums of dx take counted elements only, and only counted elements receive a + b·xc.
+where the sums of dx take counted elements only, and only counted elements receive a + b·xc. With `output`, the derivative and its transpose
+are given y in place of x.
 """
 
 import functools
@@ -24,7 +25,7 @@ from jax import lax
 
 from .._stats import Stats, all_concatenate, combine, inverse_sqrt, isolate
 from . import _native
-from ._forms import count, counted, read, sums, times_slope
+from ._forms import count, counted, read, reciprocal, sums, times_slope
 from ._op import Op, Spans, adjoint, native_or
 from .column import Operands, apply_form, cotangent_apply_form, cotangent_sums_form, moments_form
 
@@ -81,9 +82,11 @@ class _Group(NamedTuple):
         x, center, offset, rstd, scale, bias, *mask = args
         return cls(x, center, offset, rstd, scale, bias, mask[0] if mask else None)
 
-    def as_column(self) -> tuple[list[jax.Array], dict[str, Any]]:
+    def as_column(self, output: bool = False) -> tuple[list[jax.Array], dict[str, Any]]:
         """Operands and parameters of column.py's forms."""
-        o = Operands(self.x, self.center, self.offset, self.offset, self.rstd * self.scale, self.bias, mask=self.mask)
+        mul = self.rstd * self.scale
+        inverse = reciprocal(mul) if output else None
+        o = Operands(self.x, self.center, self.offset, self.offset, mul, self.bias, mask=self.mask, inverse=inverse)
         return o.present(), {"operands": o.params()["operands"]}
 
 
@@ -104,11 +107,11 @@ def group_norm_form(
 
 def group_tangent_form(
     dx: jax.Array, ds: jax.Array, db: jax.Array, *args: jax.Array, axes: tuple, channel_axes: tuple, group_size: int, act: str | None,
-    dtype: Any, spans: Spans, **_: Any,
+    output: bool, dtype: Any, spans: Spans, **_: Any,
 ) -> list[jax.Array]:  # fmt: skip
     group = _Group.of(args)
-    operands, params = group.as_column()
-    o, dx = Operands.of(operands, **params), read(dx)
+    operands, params = group.as_column(output)
+    o, dx = Operands.of(operands, act=act, **params), read(dx)
     moving = counted(dx, group.mask)
     elements = count(group.x, group.mask, axes, spans)
     local = sums([moving, moving * o.centered()], axes, spans)
@@ -122,11 +125,11 @@ def group_tangent_form(
 
 
 def group_cotangent_form(
-    dy: jax.Array, *args: jax.Array, axes: tuple, channel_axes: tuple, group_size: int, scale_axes: tuple, act: str | None, spans: Spans,
-    cotangent_sums: Callable = cotangent_sums_form, cotangent_apply: Callable = cotangent_apply_form, **_: Any,
+    dy: jax.Array, *args: jax.Array, axes: tuple, channel_axes: tuple, group_size: int, scale_axes: tuple, act: str | None, output: bool,
+    spans: Spans, cotangent_sums: Callable = cotangent_sums_form, cotangent_apply: Callable = cotangent_apply_form, **_: Any,
 ) -> list[jax.Array]:  # fmt: skip
     group = _Group.of(args)
-    operands, params = group.as_column()
+    operands, params = group.as_column(output)
     params |= {"act": act, "spans": spans}
     first, second = cotangent_sums(dy, *operands, map_axes=axes, scale_axes=(), **params)
     # Times rstd at once: what follows is of the size of dy, whatever x's is.

@@ -11,6 +11,8 @@ g = act'·dy·scale, and sums along the row, the derivative and its transpose ar
 
 where the sums of dx take counted elements only, and only counted elements receive those of g.
 
+With `output`, both are given y in place of x: xhat = (act⁻¹(y) - bias) / scale.
+
 With `adds`, what is normalized is h = x + residual, rounded to the wider dtype of the two, which comes out beside y. It stands for x in the
 derivative, where the tangent of h passes through the ops, so that its cotangent is added to what comes from y in the same pass:
 
@@ -29,7 +31,23 @@ from jax import lax
 
 from .._stats import all_sum, isolate, two_sum
 from . import _native
-from ._forms import DOWN, activate, apart, count, counted, first_center, local_sum, mean, read, sums, times_slope, usable, wider_dtype
+from ._forms import (
+    DOWN,
+    activate,
+    apart,
+    count,
+    counted,
+    first_center,
+    inverted,
+    local_sum,
+    mean,
+    read,
+    reciprocal,
+    sums,
+    times_slope,
+    usable,
+    wider_dtype,
+)
 from ._op import Op, Spans, adjoint
 
 # A row that deviates by more than a limit is multiplied by the power beside it, the last that applies: its squares are then in range, and
@@ -126,9 +144,15 @@ class _Row(NamedTuple):
     centered: bool
 
     @classmethod
-    def of(cls, args: Sequence[jax.Array], centered: bool) -> "_Row":
+    def of(cls, args: Sequence[jax.Array], centered: bool, output: bool, act: str | None) -> "_Row":
+        """With `output`, x is xhat, of which nothing more is to be subtracted."""
         x, power, center, offset, rstd, scale, bias, *mask = args
-        return cls(x, RowStats(*map(isolate, (power, center, offset, rstd))), scale, bias, mask[0] if mask else None, centered)
+        stats = RowStats(*map(isolate, (power, center, offset, rstd)))
+        if output:
+            x = (inverted(act, read(x)) - bias) * reciprocal(scale)
+            one = jnp.ones_like(stats.rstd)
+            stats, centered = RowStats(one, 0 * one, 0 * one, one), False
+        return cls(x, stats, scale, bias, mask[0] if mask else None, centered)
 
     def apart(self, k: int) -> "_Row":
         return jax.tree.map(lambda a: apart(a, k), self._replace(centered=None))._replace(centered=self.centered)
@@ -157,14 +181,15 @@ def row_tangent_form(
     axes: tuple,
     centered: bool,
     adds: bool,
+    output: bool,
     act: str | None,
     dtype: Any,
     spans: Spans,
     **_: Any,
 ) -> list[jax.Array]:
-    row = _Row.of(args, centered)
+    row = _Row.of(args, centered, output, act)
     # The factor first: dx of a huge row is huge too.
-    v = read(dx) * (row.stats.rstd * row.stats.power)
+    v = read(dx) * _factor(args)
     first, second = sums([counted(v, row.mask), counted(v, row.mask) * row.deviation()], axes, spans)
     n = jnp.maximum(count(row.x, row.mask, axes, spans), 1)
     dxhat = row.usable(v) - row.xhat() * isolate(second * row.stats.rstd / n)
@@ -175,10 +200,11 @@ def row_tangent_form(
 
 
 def row_cotangent_form(
-    dy: jax.Array, *args: jax.Array, axes: tuple, scale_axes: tuple, centered: bool, adds: bool, act: str | None, spans: Spans, **_: Any
-) -> list[jax.Array]:
+    dy: jax.Array, *args: jax.Array, axes: tuple, scale_axes: tuple, centered: bool, adds: bool, output: bool, act: str | None,
+    spans: Spans, **_: Any,
+) -> list[jax.Array]:  # fmt: skip
     passed, args = (args[0], args[1:]) if adds else (None, args)
-    row = _Row.of(args, centered)
+    row = _Row.of(args, centered, output, act)
 
     def g(k: int) -> tuple[_Row, jax.Array]:
         seen = row.apart(k)
@@ -197,10 +223,15 @@ def row_cotangent_form(
     back = row.xhat() * isolate(second * row.stats.rstd / n)
     if centered:
         back = back + isolate(first / n)
-    dx = (row.usable(g(0)[1] * row.scale) - counted(back, row.mask)) * (row.stats.rstd * row.stats.power)
+    dx = (row.usable(g(0)[1] * row.scale) - counted(back, row.mask)) * _factor(args)
     if passed is not None:
         dx = dx + read(passed)
-    return [dx.astype(row.x.dtype), *along_scale()]
+    return [dx.astype(args[0].dtype), *along_scale()]
+
+
+def _factor(args: Sequence[jax.Array]) -> jax.Array:
+    """The derivative of xhat to x alone: rstd·power."""
+    return isolate(args[4]) * isolate(args[1])
 
 
 row_norm = Op(

@@ -11,12 +11,14 @@ from jax import lax
 
 from .._pipeline.arguments import (
     Across,
+    away_from_zero,
     broadcast_mask,
     check_activation,
     check_affine,
     check_dtype,
     check_epsilon,
     check_residual,
+    check_save,
     check_switches,
     check_x,
 )
@@ -25,7 +27,7 @@ from .._pipeline.moments import keepdims_moments
 from .._pipeline.normalize import affine, run
 from .._pipeline.running import check_momentum, check_state, corrected_var, update
 from .._stats import Stats, inverse_sqrt, stats_dtype
-from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, Save
 
 
 def batch_norm_state(num_features: int | Sequence[int], *, track_count: bool = False, dtype: Any = jnp.float32) -> BatchNormState:
@@ -88,11 +90,12 @@ class _Call(NamedTuple):
     residual: jax.Array | None
     dtype: Any
     activation: Activation | None
+    output: bool
 
 
 def _unit(across: Across, epsilon: float, frozen: bool, updates: bool, map: Callable, call: _Call) -> tuple[jax.Array, Stats]:
     """y and the statistics of the batch, which in evaluation are taken only if they update the state."""
-    x, aux, layout, mask, residual, dtype, activation = call
+    x, aux, layout, mask, residual, dtype, activation, output = call
     fixed = _at_mean(aux.mean, layout) if frozen else None
     y, stats = run(
         x,
@@ -105,6 +108,7 @@ def _unit(across: Across, epsilon: float, frozen: bool, updates: bool, map: Call
         activation=activation,
         dtype=dtype,
         fixed=fixed,
+        output=output,
     )
     if frozen and updates:
         stats = keepdims_moments(x, mask, layout.reduced, across)
@@ -113,7 +117,7 @@ def _unit(across: Across, epsilon: float, frozen: bool, updates: bool, map: Call
 
 def _complex_unit(how: Callable, call: _Call) -> tuple[jax.Array, Stats]:
     """Complex x as real and imaginary parts in one more feature axis, last, over which m2 is added; scale and bias are real."""
-    x, aux, layout, mask, residual, dtype, activation = call
+    x, aux, layout, mask, residual, dtype, activation, _ = call
     pairs = _Aux(
         _pair(aux.mean),
         aux.var[..., None],
@@ -124,7 +128,16 @@ def _complex_unit(how: Callable, call: _Call) -> tuple[jax.Array, Stats]:
     real = jnp.finfo(dtype).dtype
     y, stats = how(
         _map_of_pairs,
-        _Call(_pair(x), pairs, wide, None if mask is None else mask[..., None], None if residual is None else _pair(residual), real, None),
+        _Call(
+            _pair(x),
+            pairs,
+            wide,
+            None if mask is None else mask[..., None],
+            None if residual is None else _pair(residual),
+            real,
+            None,
+            False,
+        ),
     )
     y = lax.complex(y[..., 0], y[..., 1])
     mean = lax.complex(stats.mean[..., 0], stats.mean[..., 1])
@@ -159,6 +172,7 @@ def batch_norm(
     activation: Activation | None = None,
     residual: jax.Array | None = None,
     dtype: Any = None,
+    save: Save = "input",
 ) -> tuple[jax.Array, BatchNormState]:
     r"""Batch normalization: each feature over the batch and all other axes.
 
@@ -189,6 +203,10 @@ def batch_norm(
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after. Complex x takes callables only.
       residual: of x's shape, added before the activation.
       dtype: y's dtype; x's where None.
+      save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
+        anyway, so that this halves what a deep network keeps. For real x, y of its dtype, no residual, and no activation,
+        "leaky_relu" or a callable; |scale| is taken to be at
+        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape, and the state: the same keys, shapes and dtypes. Where nothing updates it is the object that was given.
@@ -202,7 +220,7 @@ def batch_norm(
       deviations is in range (some 1e19 / √count from the mean; gradients some 1e16), and finite up to 1e38 / count.
       A feature that counted nothing is normalized with the running statistics and leaves them alone. One counted value gives the bias.
       Complex x: var = E|x - mean|², real.
-      Kept for the backward pass: x, and the residual where a named activation follows it.
+      Kept for the backward pass: x, or with `save="output"` y, and the residual where a named activation follows it.
 
     Distributed:
       One packed all-gather of count, mean (two floats) and m2 up to 64 participants, two all-reduces above; one all-reduce of 2C numbers
@@ -239,13 +257,16 @@ def batch_norm(
             "One example alone has no batch statistics: give x a batch axis, or the batch's axis_name under vmap."
         )
     wide = stats_dtype(x.dtype)
+    residual, dtype = check_residual(residual, x), check_dtype(dtype, x)
+    output = check_save(save, x, dtype, activation, residual)
+    scale = check_affine(scale, "scale", layout, x)
     aux = _Aux(
         jnp.asarray(state["mean"]).astype(wide),
         jnp.asarray(state["var"]).astype(jnp.finfo(wide).dtype),
-        check_affine(scale, "scale", layout, x),
+        away_from_zero(scale) if output else scale,
         check_affine(bias, "bias", layout, x),
     )
-    call = _Call(x, aux, layout, broadcast_mask(mask, x), check_residual(residual, x), check_dtype(dtype, x), activation)
+    call = _Call(x, aux, layout, broadcast_mask(mask, x), residual, dtype, activation, output)
     how = functools.partial(_unit, across, check_epsilon(epsilon), use_running_average, updates)
     y, stats = _complex_unit(how, call) if is_complex else how(_map, call)
     if not updates:

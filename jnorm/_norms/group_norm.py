@@ -7,13 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._pipeline.arguments import Across, broadcast_mask, check_activation, check_affine, check_dtype, check_epsilon, check_x
+from .._pipeline.arguments import (
+    Across,
+    away_from_zero,
+    broadcast_mask,
+    check_activation,
+    check_affine,
+    check_dtype,
+    check_epsilon,
+    check_save,
+    check_x,
+)
 from .._pipeline.axes import Layout, canonical_axes
 from .._pipeline.groups import run_groups
 from .._pipeline.normalize import affine, run
 from .._pipeline.rows import run_rows
 from .._stats import Stats, combine, inverse_sqrt
-from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask, Save
 
 
 def group_norm(
@@ -31,6 +41,7 @@ def group_norm(
     axis_index_groups: AxisIndexGroups | None = None,
     activation: Activation | None = None,
     dtype: Any = None,
+    save: Save = "input",
 ) -> jax.Array:
     r"""Group normalization: each sample over its positions and the channels of a group.
 
@@ -51,6 +62,10 @@ def group_norm(
       axis_index_groups: groups of equal size within that axis.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
       dtype: y's dtype; x's where None.
+      save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
+        anyway, so that this halves what a deep network keeps. For y of x's dtype, and no activation, "leaky_relu"
+        or a callable; with a single position without `axis_name`; |scale| is taken to be at
+        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where a group counts nothing, y is the activation of the bias.
@@ -61,7 +76,7 @@ def group_norm(
 
     Numerics:
       Sums per channel, in at least float32 and with the mean as two floats, then a small merge of the channels of a group.
-      Kept for the backward pass: x and three numbers per sample and channel.
+      Kept for the backward pass: x, or with `save="output"` y, and three numbers per sample and channel.
 
     Distributed:
       With `axis_name` one all-gather forward (two all-reduces above 64 participants), one all-reduce of two numbers per sample and channel
@@ -84,7 +99,10 @@ def group_norm(
     scale, bias = (check_affine(v, name, layout, x) for v, name in ((scale, "scale"), (bias, "bias")))
     across, mask = Across.of(axis_name, axis_index_groups), broadcast_mask(mask, x)
     check_activation(activation)
-    options = {"mask": mask, "activation": activation, "dtype": check_dtype(dtype, x)}
+    dtype = check_dtype(dtype, x)
+    output = check_save(save, x, dtype, activation)
+    scale = away_from_zero(scale) if output else scale
+    options = {"mask": mask, "activation": activation, "dtype": dtype, "output": output}
     positions = tuple(i for i in reduced if i != axis)
     if all(x.shape[i] == 1 for i in positions):
         return _single_position(x, scale, bias, reduced, axis, groups, across, epsilon=check_epsilon(epsilon), **options)

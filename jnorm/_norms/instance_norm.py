@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._pipeline.arguments import Across, broadcast_mask, check_affine, check_dtype, check_epsilon, check_x
+from .._pipeline.arguments import Across, away_from_zero, broadcast_mask, check_affine, check_dtype, check_epsilon, check_save, check_x
 from .._pipeline.axes import Layout, canonical_axes, others
 from .._pipeline.groups import run_groups
 from .._pipeline.normalize import affine, run
 from .._stats import Stats, inverse_sqrt
-from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask, Save
 
 
 def instance_norm(
@@ -27,6 +27,7 @@ def instance_norm(
     axis_index_groups: AxisIndexGroups | None = None,
     activation: Activation | None = None,
     dtype: Any = None,
+    save: Save = "input",
 ) -> jax.Array:
     r"""Instance normalization: each channel of each sample over its positions.
 
@@ -44,6 +45,10 @@ def instance_norm(
       axis_index_groups: groups of equal size within that axis.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
       dtype: y's dtype; x's where None.
+      save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
+        anyway, so that this halves what a deep network keeps. For y of x's dtype, and no activation, "leaky_relu"
+        or a callable; |scale| is taken to be at
+        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where nothing is counted, y is the activation of the bias.
@@ -54,7 +59,7 @@ def instance_norm(
 
     Numerics:
       Statistics in at least float32, the mean as two floats. One position gives the bias.
-      Kept for the backward pass: x and three numbers per sample and channel.
+      Kept for the backward pass: x, or with `save="output"` y, and three numbers per sample and channel.
 
     Distributed:
       With `axis_name` one all-gather forward (two all-reduces above 64 participants), one all-reduce of two numbers per sample and channel
@@ -74,10 +79,11 @@ def instance_norm(
     layout = instance_layout(x, reduction_axes, feature_axes)
     across, mask = Across.of(axis_name, axis_index_groups), broadcast_mask(mask, x)
     if across.names:
-        return run_instances(x, scale, bias, layout, across, epsilon=epsilon, mask=mask, activation=activation, dtype=dtype)[0]
-    scale, bias = (check_affine(v, name, layout, x) for v, name in ((scale, "scale"), (bias, "bias")))
-    options = {"mask": mask, "activation": activation, "dtype": check_dtype(dtype, x)}
-    return run_groups(x, scale, bias, layout, None, epsilon=check_epsilon(epsilon), **options)
+        options = {"mask": mask, "activation": activation, "dtype": dtype, "save": save}
+        return run_instances(x, scale, bias, layout, across, epsilon=epsilon, **options)[0]
+    *affine, dtype, output = _checked(x, scale, bias, layout, activation, dtype, save)
+    options = {"mask": mask, "activation": activation, "dtype": dtype, "output": output}
+    return run_groups(x, *affine, layout, None, epsilon=check_epsilon(epsilon), **options)
 
 
 def instance_layout(x: jax.Array, reduction_axes: Axes | None, feature_axes: Axes) -> Layout:
@@ -96,21 +102,31 @@ def instance_layout(x: jax.Array, reduction_axes: Axes | None, feature_axes: Axe
 
 
 def run_instances(
-    x: jax.Array, scale: Any, bias: Any, layout: Layout, across: Across, *, epsilon: float, mask: Any, activation: Any, dtype: Any
-) -> tuple[jax.Array, Stats]:
+    x: jax.Array, scale: Any, bias: Any, layout: Layout, across: Across, *, epsilon: float, mask: Any, activation: Any, dtype: Any,
+    save: Save,
+) -> tuple[jax.Array, Stats]:  # fmt: skip
     """y and the statistics of each sample."""
-    aux = tuple(check_affine(v, name, layout, x) for v, name in ((scale, "scale"), (bias, "bias")))
+    *aux, dtype, output = _checked(x, scale, bias, layout, activation, dtype, save)
     y, stats = run(
         x,
         functools.partial(_map, check_epsilon(epsilon)),
-        aux,
+        tuple(aux),
         layout,
         across,
         mask=mask,
         activation=activation,
-        dtype=check_dtype(dtype, x),
+        dtype=dtype,
+        output=output,
     )
     return y, jax.tree.map(layout.squeeze, stats)
+
+
+def _checked(x: jax.Array, scale: Any, bias: Any, layout: Layout, activation: Any, dtype: Any, save: Save) -> tuple[Any, ...]:
+    """Scale, bias, y's dtype, and whether y is kept in place of x."""
+    dtype = check_dtype(dtype, x)
+    output = check_save(save, x, dtype, activation)
+    scale, bias = (check_affine(v, name, layout, x) for v, name in ((scale, "scale"), (bias, "bias")))
+    return away_from_zero(scale) if output else scale, bias, dtype, output
 
 
 def _map(epsilon: float, stats: Stats, aux: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:

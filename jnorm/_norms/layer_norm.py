@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 
-from .._pipeline.arguments import Across, broadcast_mask, check_affine, check_dtype, check_epsilon, check_x
+from .._pipeline.arguments import Across, away_from_zero, broadcast_mask, check_affine, check_dtype, check_epsilon, check_save, check_x
 from .._pipeline.axes import Layout
 from .._pipeline.rows import run_rows
-from ..typing import Axes, AxisIndexGroups, AxisName, Mask
+from ..typing import Axes, AxisIndexGroups, AxisName, Mask, Save
 
 
 def layer_norm(
@@ -22,6 +22,7 @@ def layer_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     dtype: Any = None,
+    save: Save = "input",
 ) -> jax.Array:
     r"""Layer normalization: each sample, or position, over its features.
 
@@ -40,6 +41,9 @@ def layer_norm(
       axis_name: named axis or axes over which the reduced axes are split.
       axis_index_groups: groups of equal size within that axis.
       dtype: y's dtype; x's where None.
+      save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
+        anyway, so that this halves what a deep network keeps. For y of x's dtype, without `axis_name`; |scale| is taken to be at
+        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where nothing is counted, y is the bias.
@@ -50,8 +54,8 @@ def layer_norm(
 
     Numerics:
       Statistics in at least float32, the mean as two floats: a row of 1e4 + i·1e-3 comes out right. Without `axis_name` also rows up to
-      the largest finite x; with it, as long as the sum of squared deviations is in range. Kept for the backward pass: x and four
-      numbers per row.
+      the largest finite x; with it, as long as the sum of squared deviations is in range. Kept for the backward pass: x, or with
+      `save="output"` y, and four numbers per row.
 
     Distributed:
       With `axis_name` one all-gather forward (two all-reduces above 64 participants), and all-reduces backward; without, none.
@@ -65,7 +69,7 @@ def layer_norm(
       Ba, Kiros, Hinton, "Layer Normalization", 2016, https://arxiv.org/abs/1607.06450. Arguments and defaults are Flax's; PyTorch's epsilon
       is 1e-5 and Keras's 1e-3.
     """
-    return _rows(x, scale, bias, reduction_axes, feature_axes, epsilon, mask, axis_name, axis_index_groups, dtype, centered=True)
+    return _rows(x, scale, bias, reduction_axes, feature_axes, epsilon, mask, axis_name, axis_index_groups, dtype, save, centered=True)
 
 
 def rms_norm(
@@ -79,6 +83,7 @@ def rms_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
     dtype: Any = None,
+    save: Save = "input",
 ) -> jax.Array:
     r"""Root-mean-square normalization: layer normalization without the mean and the bias.
 
@@ -94,6 +99,9 @@ def rms_norm(
       axis_name: named axis or axes over which the reduced axes are split.
       axis_index_groups: groups of equal size within that axis.
       dtype: y's dtype; x's where None.
+      save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
+        anyway, so that this halves what a deep network keeps. For y of x's dtype, without `axis_name`; |scale| is taken to be at
+        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where nothing is counted, y is 0.
@@ -105,7 +113,7 @@ def rms_norm(
     Numerics:
       The mean square in at least float32. Without `axis_name` right for rows up to the largest finite x; with it, as long
       as the sum of squares is in range.
-      Kept for the backward pass: x and four numbers per row.
+      Kept for the backward pass: x, or with `save="output"` y, and four numbers per row.
 
     Distributed:
       With `axis_name` one all-gather forward (two all-reduces above 64 participants), and all-reduces backward; without, none.
@@ -119,7 +127,7 @@ def rms_norm(
       Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019, https://arxiv.org/abs/1910.07467. Arguments and defaults are Flax's;
       PyTorch's epsilon is that of x's dtype.
     """
-    return _rows(x, scale, None, reduction_axes, feature_axes, epsilon, mask, axis_name, axis_index_groups, dtype, centered=False)
+    return _rows(x, scale, None, reduction_axes, feature_axes, epsilon, mask, axis_name, axis_index_groups, dtype, save, centered=False)
 
 
 def _rows(
@@ -133,12 +141,16 @@ def _rows(
     axis_name: AxisName | None,
     axis_index_groups: AxisIndexGroups | None,
     dtype: Any,
+    save: Save,
     *,
     centered: bool,
 ) -> jax.Array:
     x = check_x(x)
     layout = Layout.of(x, reduction_axes, feature_axes)
     scale, bias = (check_affine(v, name, layout, x) for v, name in ((scale, "scale"), (bias, "bias")))
+    dtype = check_dtype(dtype, x)
+    output = check_save(save, x, dtype, None)
+    scale = away_from_zero(scale) if output else scale
     return run_rows(
         x,
         None if scale is None else layout.feature_view(scale),
@@ -148,5 +160,6 @@ def _rows(
         epsilon=check_epsilon(epsilon),
         centered=centered,
         mask=broadcast_mask(mask, x),
-        dtype=check_dtype(dtype, x),
+        dtype=dtype,
+        output=output,
     )

@@ -10,7 +10,7 @@ from .._pipeline.axes import Layout
 from .._pipeline.moments import keepdims_moments
 from .._pipeline.running import check_momentum, check_state, corrected_var, update
 from .._stats import Stats
-from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, Save
 from .batch_norm import batch_norm
 from .instance_norm import instance_layout, run_instances
 
@@ -33,6 +33,7 @@ def tracked_instance_norm(
     running_var_correction: int | float = 0,
     activation: Activation | None = None,
     dtype: Any = None,
+    save: Save = "input",
 ) -> tuple[jax.Array, BatchNormState]:
     r"""Instance normalization that also averages its statistics over samples, and normalizes with that average in evaluation.
 
@@ -58,6 +59,10 @@ def tracked_instance_norm(
       running_var_correction: each sample's variance enters times n / max(n - correction, 1); 1 is PyTorch's.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
       dtype: y's dtype; x's where None.
+      save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
+        anyway, so that this halves what a deep network keeps. For y of x's dtype, and no activation, "leaky_relu"
+        or a callable; |scale| is taken to be at
+        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape, and the state: the same keys, shapes and dtypes. Where nothing updates it is the object that was given.
@@ -89,7 +94,7 @@ def tracked_instance_norm(
     check_state(state, layout.feature_shape, False)
     check_momentum(momentum, state)
     across = Across.of(axis_name, axis_index_groups)
-    options = {"epsilon": epsilon, "mask": broadcast_mask(mask, x), "activation": activation, "dtype": dtype}
+    options = {"epsilon": epsilon, "mask": broadcast_mask(mask, x), "activation": activation, "dtype": dtype, "save": save}
     use_running_average, updates = check_switches(use_running_average, update_running)
     if use_running_average:
         y, _ = batch_norm(x, state, scale, bias, use_running_average=True, feature_axes=layout.features, **options)

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
-from .._kernels._forms import ACTIVATIONS
+from .._kernels._forms import ACTIVATIONS, INVERTIBLE
 from .._stats import AxisNames, Groups, canonical_axis_names, stats_dtype
-from ..typing import Activation, AxisIndexGroups, AxisName, Mask
+from ..typing import Activation, AxisIndexGroups, AxisName, Mask, Save
 from .axes import Layout
 
 
@@ -40,6 +41,39 @@ def check_activation(activation: Activation | None) -> str | None:
     if not (activation is None or isinstance(activation, str) or callable(activation)):
         raise TypeError(f"activation must be None, a name out of {sorted(ACTIVATIONS)} or a callable, got {activation!r}.")
     return activation if isinstance(activation, str) else None
+
+
+def check_save(save: Save, x: jax.Array, dtype: Any, activation: Activation | None, residual: Any = None) -> bool:
+    """Whether y is kept for the backward pass in place of x, from which x must be told."""
+    if save not in ("input", "output"):
+        raise ValueError(f'save must be "input" or "output", got {save!r}.')
+    if save == "input":
+        return False
+    named = check_activation(activation)
+    if named not in INVERTIBLE:
+        raise ValueError(
+            f'save="output" cannot tell x from the output of {named!r}; use "leaky_relu", None, or a callable, which is applied after '
+            "and keeps its own input."
+        )
+    if residual is not None:
+        raise ValueError('save="output" cannot tell x from an output that a residual was added to; add it after the norm.')
+    if jnp.iscomplexobj(x):
+        raise TypeError('save="output" is for real x.')
+    if dtype != x.dtype:
+        raise ValueError(f'save="output" keeps y in place of x, so that dtype must be that of x, {x.dtype}, got {jnp.dtype(dtype)}.')
+    return True
+
+
+# A scale below it is taken for it where x is told from the output: in float32, xhat then has 13 bits or more.
+SMALLEST_SCALE = 2.0**-10
+
+
+def away_from_zero(scale: jax.Array | None) -> jax.Array | None:
+    """sign(scale)·max(|scale|, SMALLEST_SCALE), whose derivative is taken to be 1: a scale that starts at 0 has to be able to leave."""
+    if scale is None:
+        return None
+    far = jnp.where(scale < 0, jnp.minimum(scale, -SMALLEST_SCALE), jnp.maximum(scale, SMALLEST_SCALE))
+    return lax.stop_gradient(far) + (scale - lax.stop_gradient(scale))
 
 
 def check_flag(value: Any, name: str) -> bool:

@@ -25,18 +25,19 @@ def run_groups(
     mask: jax.Array | None = None,
     activation: Activation | None = None,
     dtype: Any = None,
+    output: bool = False,
 ) -> jax.Array:
     """Normalize over the layout's reduced axes, and with `group_size` over so many contiguous channels of its one feature axis."""
     ones = jnp.ones(layout.feature_shape, stats_dtype(x.dtype))
     affine = (layout.feature_view(v) for v in (ones if scale is None else scale, 0 * ones if bias is None else bias))
     channel_axes = () if group_size is None else layout.features
-    static = (layout.reduced, channel_axes, group_size or 1, epsilon, check_activation(activation), dtype)
+    static = (layout.reduced, channel_axes, group_size or 1, epsilon, check_activation(activation), dtype, output)
     y = _groups(x, *affine, mask, static)
     return activation(y) if callable(activation) else y
 
 
 def _params(x: jax.Array, scale: jax.Array, static: tuple) -> dict[str, Any]:
-    names = ("axes", "channel_axes", "group_size", "epsilon", "act", "dtype")
+    names = ("axes", "channel_axes", "group_size", "epsilon", "act", "dtype", "output")
     return {"scale_axes": constant_axes(scale, x), **dict(zip(names, static, strict=True))}
 
 
@@ -53,5 +54,5 @@ def _groups(x: jax.Array, scale: jax.Array, bias: jax.Array, mask: jax.Array | N
 def _groups_jvp(static: tuple, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     x, scale, bias, mask = primals
     y, *stats = _forward(x, scale, bias, mask, static)
-    shared = [x, *stats, scale, bias, *([] if mask is None else [mask])]
+    shared = [y if static[-1] else x, *stats, scale, bias, *([] if mask is None else [mask])]
     return y, group.group_tangent(*tangents[:3], *shared, **_params(x, scale, static))[0]

@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from .._jax_internals import align
 from .._kernels import column
+from .._kernels._forms import reciprocal
 from .._stats import Stats, all_sum
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Map, Mask
 from .arguments import Across, broadcast_mask, check_activation, check_dtype, check_residual, check_x
@@ -26,6 +27,8 @@ class _Unit(NamedTuple):
     across: Across
     act: str | None
     dtype: Any
+    output: bool
+    """Whether y is kept for the derivative, in place of x."""
 
     def mapped(self, stats: Stats, aux: Any) -> tuple[jax.Array, ...]:
         """The map's results, of x's rank: shift, mul and add of one shape, then scale and bias where there are any."""
@@ -51,10 +54,14 @@ class _Unit(NamedTuple):
             )
         return shape
 
-    def operands(self, x: jax.Array, stats: Stats, mapped: tuple, residual: jax.Array | None, mask: jax.Array | None) -> column.Operands:
+    def operands(
+        self, x: jax.Array, stats: Stats, mapped: tuple, residual: jax.Array | None, mask: jax.Array | None, output: bool = False
+    ) -> column.Operands:
+        """Of x, or with `output` of y in its place."""
         scale, bias = mapped[3:] or (None, None)
         shift, mul, add = mapped[:3]
-        return column.Operands(x, stats.center, stats.offset, shift, mul, add, scale, bias, residual, mask)
+        inverse = reciprocal(mul) if output else None
+        return column.Operands(x, stats.center, stats.offset, shift, mul, add, scale, bias, residual, mask, inverse)
 
     def apply(self, operands: column.Operands) -> jax.Array:
         return column.apply(*operands.present(), act=self.act, dtype=self.dtype, **operands.params())[0]
@@ -62,10 +69,10 @@ class _Unit(NamedTuple):
     def tangent(
         self, x: jax.Array, aux: Any, residual: Any, mask: Any, stats: Stats, *, fixed: bool, dx: Any, daux: Any, dres: Any
     ) -> jax.Array:
-        """The derivative of y, in ops whose transposes are two passes over x. A tangent of None is zero."""
+        """The derivative of y, in ops whose transposes are two passes over x, or over y with `output`. A tangent of None is zero."""
         mapped = self.mapped(stats, aux)
         # Without an activation the residual only passes through, and need not be kept.
-        o = self.operands(x, stats, mapped, residual if self.act else None, mask)
+        o = self.operands(x, stats, mapped, residual if self.act else None, mask, self.output)
         params = {"act": self.act, "dtype": self.dtype, **o.params()}
         dstats, terms = jax.tree.map(jnp.zeros_like, stats), []
         if dx is not None or (dres is not None and self.act):
@@ -106,10 +113,14 @@ def run(
     activation: Activation | None = None,
     dtype: Any = None,
     fixed: Stats | None = None,
+    output: bool = False,
 ) -> tuple[jax.Array, Stats]:
-    """The unit over checked arguments; with `fixed` statistics, of x's rank, none are taken. Statistics come back of x's rank."""
+    """The unit over checked arguments; with `fixed` statistics, of x's rank, none are taken. Statistics come back of x's rank.
+
+    With `output`, y is kept in place of x: the map's mul must not be so small that x is lost in y's rounding.
+    """
     act = check_activation(activation)
-    unit = _Unit(map, layout, across, act, dtype)
+    unit = _Unit(map, layout, across, act, dtype, output)
 
     def forward(x: jax.Array, aux: Any, residual: Any, mask: Any, fixed: Any) -> tuple[jax.Array, Stats]:
         stats = keepdims_moments(x, mask, layout.reduced, across) if fixed is None else fixed
@@ -125,7 +136,7 @@ def run(
         dx, daux, dres = (_or_none(tangents[0]), jax.tree.map(_or_zeros, tangents[1], **is_zero), _or_none(tangents[2]))
         # Checkpointed, so that of small arrays too only the statistics are kept, and not what the map makes of them.
         tangent = jax.checkpoint(functools.partial(unit.tangent, fixed=fixed is not None), prevent_cse=False)
-        dy = tangent(x, aux, residual, mask, stats, dx=dx, daux=daux, dres=dres)
+        dy = tangent(y if output else x, aux, residual, mask, stats, dx=dx, daux=daux, dres=dres)
         return (y, stats), (dy, jax.tree.map(jnp.zeros_like, stats))
 
     y, stats = differentiable(x, aux, residual, mask, lax.stop_gradient(fixed))

@@ -27,11 +27,14 @@ def run_rows(
     mask: jax.Array | None = None,
     activation: Activation | None = None,
     dtype: Any = None,
+    output: bool = False,
 ) -> jax.Array:
     """Normalize rows, which may have a scale and bias along them, both of x's rank; one fused op where nothing is merged over names."""
-    static = (axes, epsilon, centered, check_activation(activation), dtype)
+    static = (axes, epsilon, centered, check_activation(activation), dtype, output)
     scale, bias = _affine(x, scale, bias)
     if across.names:
+        if output:
+            raise ValueError(f'save="output" is not for rows whose statistics are merged over devices, got axis_name={across.names}.')
         return _merged(x, scale, bias, mask, across, activation, static)
     y = _rows(x, None, scale, bias, mask, static)[0]
     return activation(y) if callable(activation) else y
@@ -51,7 +54,7 @@ def run_added_rows(
     dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The rows of x + residual normalized, and that sum."""
-    static = (axes, epsilon, centered, None, dtype)
+    static = (axes, epsilon, centered, None, dtype, False)
     scale, bias = _affine(wider(x, residual), scale, bias)
     if across.names:
         total = row.added(x, residual)
@@ -75,7 +78,7 @@ def _merged(
     x: jax.Array, scale: jax.Array, bias: jax.Array, mask: jax.Array | None, across: Across, activation: Activation | None, static: tuple
 ) -> jax.Array:
     """Rows whose statistics are merged over named axes: the unit."""
-    axes, epsilon, centered, _, dtype = static
+    axes, epsilon, centered, _, dtype, _ = static
     row_map = functools.partial(_row_map, epsilon, centered)
     return run(x, row_map, (scale, bias), Layout(x.shape, axes, ()), across, mask=mask, activation=activation, dtype=dtype)[0]
 
@@ -87,7 +90,7 @@ def _row_map(epsilon: float, centered: bool, stats: Stats, aux: tuple) -> tuple:
 
 
 def _row_params(x: jax.Array, scale: jax.Array, adds: bool, static: tuple) -> dict[str, Any]:
-    names = ("axes", "epsilon", "centered", "act", "dtype")
+    names = ("axes", "epsilon", "centered", "act", "dtype", "output")
     return {"scale_axes": constant_axes(scale, x), "adds": adds, **dict(zip(names, static, strict=True))}
 
 
@@ -114,8 +117,8 @@ def _rows_jvp(static: tuple, primals: tuple, tangents: tuple) -> tuple[tuple, tu
     x, residual, scale, bias, mask = primals
     dx, dresidual, dscale, dbias, _ = tangents
     out, stats = _row_forward(x, residual, scale, bias, mask, static)
-    normalized = x if residual is None else out[1]
+    kept = out[0] if static[-1] else x if residual is None else out[1]
     if residual is not None:
-        dx = dx.astype(normalized.dtype) + dresidual.astype(normalized.dtype)
-    shared = [normalized, *stats, scale, bias, *([] if mask is None else [mask])]
+        dx = dx.astype(kept.dtype) + dresidual.astype(kept.dtype)
+    shared = [kept, *stats, scale, bias, *([] if mask is None else [mask])]
     return out, tuple(row.row_tangent(dx, dscale, dbias, *shared, **_row_params(x, scale, residual is not None, static)))

@@ -20,7 +20,7 @@ from .._modules import (
 )
 from .._norms.batch_norm import batch_norm, batch_norm_state
 from .._norms.tracked_instance_norm import tracked_instance_norm
-from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, Save
 from ._variables import Initializer, StateVariables, bias_param, errors_of, scale_param
 
 
@@ -51,6 +51,8 @@ class BatchNorm(nn.Module):
       track_count: keep a count, for debiased and cumulative averages.
       running_var_correction: the variance that enters the running one is the biased one times n / max(n - correction, 1).
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.batch_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -82,6 +84,7 @@ class BatchNorm(nn.Module):
     track_count: bool = False
     running_var_correction: int | float = 0
     activation: Activation | None = None
+    save: Save = "input"
 
     @nn.compact
     def __call__(
@@ -144,6 +147,8 @@ class TrackedInstanceNorm(nn.Module):
       running_var_correction: each sample's variance enters times n / max(n - correction, 1); 1 is PyTorch's.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
       reduction_axes: the axes that are reduced, none of them a feature axis; None: all but the first and the feature axes.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.tracked_instance_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -175,6 +180,7 @@ class TrackedInstanceNorm(nn.Module):
     running_var_correction: int | float = 0
     activation: Activation | None = None
     reduction_axes: Axes | None = None
+    save: Save = "input"
 
     @nn.compact
     def __call__(
@@ -234,4 +240,5 @@ def _shared_arguments(
         "running_var_correction": module.running_var_correction,
         "activation": module.activation,
         "dtype": result_dtype(given, scale, bias, dtype=module.dtype),
+        "save": module.save,
     }

@@ -10,7 +10,7 @@ from .._modules import check_groups, check_keeps_batch, distinct_axes, feature_s
 from .._norms.group_norm import group_norm
 from .._norms.instance_norm import instance_norm
 from .._norms.layer_norm import layer_norm, rms_norm
-from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask, Save
 from ._variables import Initializer, bias_param, errors_of, scale_param
 
 
@@ -32,6 +32,8 @@ class LayerNorm(nn.Module):
       axis_index_groups: groups of equal size within that axis.
       use_fast_variance: accepted; the variance is the stable one either way.
       force_float32_reductions: accepted; sums are in at least float32 either way.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.layer_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np
@@ -57,6 +59,7 @@ class LayerNorm(nn.Module):
     axis_index_groups: AxisIndexGroups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    save: Save = "input"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
@@ -77,6 +80,7 @@ class LayerNorm(nn.Module):
                 mask=mask,
                 **merged_axes(self, not self.is_initializing()),
                 dtype=result_dtype(given, scale, bias, dtype=self.dtype),
+                save=self.save,
             )
 
 
@@ -96,6 +100,8 @@ class RMSNorm(nn.Module):
       axis_index_groups: groups of equal size within that axis.
       use_fast_variance: accepted; the mean square has one form.
       force_float32_reductions: accepted; sums are in at least float32 either way.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.rms_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np
@@ -116,6 +122,7 @@ class RMSNorm(nn.Module):
     axis_index_groups: AxisIndexGroups | None = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    save: Save = "input"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
@@ -134,6 +141,7 @@ class RMSNorm(nn.Module):
                 mask=mask,
                 **merged_axes(self, not self.is_initializing()),
                 dtype=result_dtype(given, scale, dtype=self.dtype),
+                save=self.save,
             )
 
 
@@ -158,6 +166,8 @@ class GroupNorm(nn.Module):
       force_float32_reductions: accepted; sums are in at least float32 either way.
       feature_axes: the channel axis, one.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.group_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -184,6 +194,7 @@ class GroupNorm(nn.Module):
     force_float32_reductions: bool = True
     feature_axes: int = -1
     activation: Activation | None = None
+    save: Save = "input"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
@@ -207,6 +218,7 @@ class GroupNorm(nn.Module):
                 **merged_axes(self, not self.is_initializing()),
                 activation=self.activation,
                 dtype=result_dtype(given, scale, bias, dtype=self.dtype),
+                save=self.save,
             )
 
 
@@ -229,6 +241,8 @@ class InstanceNorm(nn.Module):
       force_float32_reductions: accepted; sums are in at least float32 either way.
       reduction_axes: the axes that are reduced, none of them a feature axis; None: all but the first and the feature axes.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.instance_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -253,6 +267,7 @@ class InstanceNorm(nn.Module):
     force_float32_reductions: bool = True
     reduction_axes: Axes | None = None
     activation: Activation | None = None
+    save: Save = "input"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
@@ -275,4 +290,5 @@ class InstanceNorm(nn.Module):
                 **merged_axes(self, not self.is_initializing()),
                 activation=self.activation,
                 dtype=result_dtype(given, scale, bias, dtype=self.dtype),
+                save=self.save,
             )

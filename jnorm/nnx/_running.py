@@ -9,7 +9,7 @@ from flax import nnx
 from .._modules import check_keeps_batch, distinct_axes, floating, merged_axes, state_for, state_keys, takes_statistics
 from .._norms.batch_norm import batch_norm, batch_norm_state
 from .._norms.tracked_instance_norm import tracked_instance_norm
-from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, Save
 from ._variables import (
     NO_METADATA,
     Initializer,
@@ -58,6 +58,8 @@ class BatchNorm(nnx.Module):
       track_count: keep a count, for debiased and cumulative averages.
       running_var_correction: the variance that enters the running one is the biased one times n / max(n - correction, 1).
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.batch_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -102,6 +104,7 @@ class BatchNorm(nnx.Module):
         track_count: bool = False,
         running_var_correction: int | float = 0,
         activation: Activation | None = None,
+        save: Save = "input",
     ) -> None:
         self.num_features = num_features
         self.scale = affine_param(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
@@ -123,6 +126,7 @@ class BatchNorm(nnx.Module):
         self.track_count = track_count
         self.running_var_correction = running_var_correction
         self.activation = activation
+        self.save = save
 
     def __call__(
         self,
@@ -198,6 +202,8 @@ class TrackedInstanceNorm(nnx.Module):
       running_var_correction: each sample's variance enters times n / max(n - correction, 1); 1 is PyTorch's.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
       reduction_axes: the axes that are reduced, none of them a feature axis; None: all but the first and the feature axes.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.tracked_instance_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -241,6 +247,7 @@ class TrackedInstanceNorm(nnx.Module):
         running_var_correction: int | float = 0,
         activation: Activation | None = None,
         reduction_axes: Axes | None = None,
+        save: Save = "input",
     ) -> None:
         self.num_features = num_features
         self.scale = affine_param(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
@@ -263,6 +270,7 @@ class TrackedInstanceNorm(nnx.Module):
         self.running_var_correction = running_var_correction
         self.activation = activation
         self.reduction_axes = static(reduction_axes)
+        self.save = save
 
     def __call__(
         self,
@@ -335,4 +343,5 @@ def _shared_arguments(
         "running_var_correction": module.running_var_correction,
         "activation": module.activation,
         "dtype": y_dtype(module, given, (state["mean"], state["var"]), (scale, bias)),
+        "save": module.save,
     }

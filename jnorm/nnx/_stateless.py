@@ -10,7 +10,7 @@ from .._modules import check_groups, check_keeps_batch, distinct_axes, floating
 from .._norms.group_norm import group_norm, number_of_groups
 from .._norms.instance_norm import instance_norm
 from .._norms.layer_norm import layer_norm, rms_norm
-from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask
+from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask, Save
 from ._variables import (
     NO_METADATA,
     Initializer,
@@ -48,6 +48,8 @@ class LayerNorm(nnx.Module):
       rngs: the stream "params" initializes scale and bias.
       bias_metadata: metadata of the bias's variable, such as its sharding.
       scale_metadata: metadata of the scale's variable.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.layer_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -81,6 +83,7 @@ class LayerNorm(nnx.Module):
         rngs: nnx.Rngs,
         bias_metadata: Metadata = NO_METADATA,
         scale_metadata: Metadata = NO_METADATA,
+        save: Save = "input",
     ) -> None:
         self.num_features = num_features
         self.scale = affine_param(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
@@ -96,6 +99,7 @@ class LayerNorm(nnx.Module):
         self.axis_index_groups = static(axis_index_groups)
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
+        self.save = save
 
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
@@ -116,6 +120,7 @@ class LayerNorm(nnx.Module):
                 axis_name=self.axis_name,
                 axis_index_groups=self.axis_index_groups,
                 dtype=y_dtype(self, given, affine=(scale, bias)),
+                save=self.save,
             )
 
 
@@ -138,6 +143,8 @@ class RMSNorm(nnx.Module):
       promote_dtype: a function as `flax.nnx.nn.dtypes.promote_dtype`: it fixes y's dtype, never what is reduced.
       rngs: the stream "params" initializes the scale.
       scale_metadata: metadata of the scale's variable.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.rms_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -166,6 +173,7 @@ class RMSNorm(nnx.Module):
         promote_dtype: PromoteDtype = promote_dtype,
         rngs: nnx.Rngs,
         scale_metadata: Metadata = NO_METADATA,
+        save: Save = "input",
     ) -> None:
         self.num_features = num_features
         self.scale = affine_param(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
@@ -179,6 +187,7 @@ class RMSNorm(nnx.Module):
         self.axis_index_groups = static(axis_index_groups)
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
+        self.save = save
 
     def __call__(self, x: jax.Array, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
@@ -197,6 +206,7 @@ class RMSNorm(nnx.Module):
                 axis_name=self.axis_name,
                 axis_index_groups=self.axis_index_groups,
                 dtype=y_dtype(self, given, affine=(scale,)),
+                save=self.save,
             )
 
 
@@ -225,6 +235,8 @@ class GroupNorm(nnx.Module):
       scale_metadata: metadata of the scale's variable.
       feature_axes: the channel axis, one.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.group_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -261,6 +273,7 @@ class GroupNorm(nnx.Module):
         scale_metadata: Metadata = NO_METADATA,
         feature_axes: int = -1,
         activation: Activation | None = None,
+        save: Save = "input",
     ) -> None:
         self.num_features = num_features
         self.scale = affine_param(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
@@ -281,6 +294,7 @@ class GroupNorm(nnx.Module):
         self.promote_dtype = promote_dtype
         self.feature_axes = static(feature_axes)
         self.activation = activation
+        self.save = save
 
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
@@ -302,6 +316,7 @@ class GroupNorm(nnx.Module):
                 axis_index_groups=self.axis_index_groups,
                 activation=self.activation,
                 dtype=y_dtype(self, given, affine=(scale, bias)),
+                save=self.save,
             )
 
 
@@ -328,6 +343,8 @@ class InstanceNorm(nnx.Module):
       scale_metadata: metadata of the scale's variable.
       reduction_axes: the axes that are reduced, none of them a feature axis; None: all but the first and the feature axes.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
+      save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.instance_norm`. With bfloat16 x and
+        float32 parameters it needs `dtype=jnp.bfloat16`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -362,6 +379,7 @@ class InstanceNorm(nnx.Module):
         scale_metadata: Metadata = NO_METADATA,
         reduction_axes: Axes | None = None,
         activation: Activation | None = None,
+        save: Save = "input",
     ) -> None:
         self.num_features = num_features
         self.scale = affine_param(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
@@ -378,6 +396,7 @@ class InstanceNorm(nnx.Module):
         self.promote_dtype = promote_dtype
         self.reduction_axes = static(reduction_axes)
         self.activation = activation
+        self.save = save
 
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
@@ -400,4 +419,5 @@ class InstanceNorm(nnx.Module):
                 axis_index_groups=self.axis_index_groups,
                 activation=self.activation,
                 dtype=y_dtype(self, given, affine=(scale, bias)),
+                save=self.save,
             )

@@ -34,12 +34,21 @@ struct ColumnCase : Case {
     center = draw(style == Style::far ? x.empty() ? 0 : x[0] : 0, 0.5L), offset = draw(0, 1e-3L), shift = draw(0, 0.1L);
     mul = draw(0, 1), add = draw(0, 0.5L), a = draw(0, 1), b = draw(0, 1);
   }
-  bool usable(int64_t o, int64_t r, int64_t c, int64_t i) const { return mask.counts(o, r, c) || std::isfinite(x[i]); }
+  // The center is 1 / mul then.
+  void told_from_y(Random& random) {
+    may_be_output(random);
+    for (size_t k = 0; output && k < center.size(); k++) center[k] = mul[k] == 0 ? 0 : rounded(arithmetic, 1 / mul[k]);
+  }
   Value xc(int64_t i, int64_t k, bool usable) const {
+    if (output && usable) {
+      const Value inner = times(plus(inverted(act, x[i], u), {-add[k], 0}, u), center[k], u);
+      return plus(inner, {shift[k] - offset[k], u * std::fabs(shift[k] - offset[k])}, u);
+    }
     const Real near = x[i] - center[k];
     return usable ? Value{near - offset[k], 2 * u * (std::fabs(near) + std::fabs(offset[k]))} : Value{0, 0};
   }
   Value z(int64_t i, int64_t k, bool usable) const {
+    if (output) return inverted(act, x[i], u);
     const Real near = x[i] - center[k], inner = usable ? near - shift[k] : offset[k] - shift[k];
     const Real error = 2 * u * ((usable ? std::fabs(near) : std::fabs(offset[k])) + std::fabs(shift[k]));
     const Value mapped = plus(times(Value{inner, error}, mul[k], u), {add[k], 0}, u);
@@ -48,7 +57,8 @@ struct ColumnCase : Case {
   jnorm::Column column(Operands& in) const {
     const Array none;
     return {shape.O, shape.R, shape.C, in.add(type, x), residual.empty() ? none : in.add(other, residual), mask.mask,
-            in.small(*this, center), in.small(*this, offset), in.small(*this, shift), in.small(*this, mul), in.small(*this, add), act};
+            in.small(*this, center), in.small(*this, offset), in.small(*this, shift), in.small(*this, mul), in.small(*this, add), act,
+            output};
   }
 };
 
@@ -83,7 +93,8 @@ inline void test_apply(Random& random, const Shape& shape, Type type) {
 }
 
 inline void test_cotangents(Random& random, const Shape& shape, Type type) {
-  const ColumnCase c(random, shape, type, false);
+  ColumnCase c(random, shape, type, false);
+  c.told_from_y(random);
   Operands in(random);
   const jnorm::Column column = c.column(in);
   const Array dy = in.add(c.other, c.dy);
@@ -133,9 +144,9 @@ struct GroupCase : Case {
     sets = statistics(group);
     name += ", groups of " + std::to_string(group);
   }
-  bool usable(int64_t o, int64_t r, int64_t c, int64_t i) const { return mask.counts(o, r, c) || std::isfinite(x[i]); }
   jnorm::Group operands(Operands& in) const {
-    return {shape.O, shape.R, shape.C, group, in.add(type, x), mask.mask, in.small(*this, scale), in.small(*this, bias), act};
+    return {shape.O, shape.R, shape.C, group, in.add(type, x), mask.mask, in.small(*this, scale), in.small(*this, bias), act,
+            output};
   }
 };
 
@@ -159,7 +170,8 @@ inline void test_group_norm(Random& random, const Shape& shape, Type type) {
 }
 
 inline void test_group_cotangent(Random& random, const Shape& shape, Type type) {
-  const GroupCase c(random, shape, type, false);
+  GroupCase c(random, shape, type, false);
+  c.may_be_output(random);
   Operands in(random);
   const jnorm::Group group = c.operands(in);
   Reals center, offset, rstd;
@@ -175,10 +187,14 @@ inline void test_group_cotangent(Random& random, const Shape& shape, Type type) 
   std::vector<Sum> dscale(shape.columns()), dbias(shape.columns()), first(c.sets.size()), second(c.sets.size());
   c.each([&](int64_t o, int64_t r, int64_t channel, int64_t i) {
     const int64_t k = o * shape.C + channel;
-    const Real near = c.x[i] - center[k];
-    const Value xc{near - offset[k], 2 * c.u * (std::fabs(near) + std::fabs(offset[k]))};
-    if (c.usable(o, r, channel, i)) hat[i] = times(xc, rstd[k], c.u);
-    g[i] = times_slope(c.act, plus(times(hat[i], c.scale[k], 2 * c.u), {c.bias[k], 0}, c.u), c.dy[i], c.u);
+    const bool usable = c.usable(o, r, channel, i);
+    const Real near = c.x[i] - center[k], mul = rstd[k] * c.scale[k];
+    Value xc{near - offset[k], 2 * c.u * (std::fabs(near) + std::fabs(offset[k]))}, z = inverted(c.act, c.x[i], c.u);
+    // mul is rounded, and 1 / mul.
+    if (c.output) xc = mul == 0 ? Value{0, 0} : times(plus(z, {-c.bias[k], 0}, c.u), 1 / mul, 4 * c.u);
+    if (usable) hat[i] = times(xc, rstd[k], c.u);
+    if (!c.output) z = plus(times(hat[i], c.scale[k], 2 * c.u), {c.bias[k], 0}, c.u);
+    g[i] = times_slope(c.act, z, c.dy[i], c.u);
     dscale[k].add(times(g[i], hat[i], c.u));
     dbias[k].add(g[i]);
     first[k / c.group].add(times(g[i], c.scale[k], c.u));

@@ -203,6 +203,7 @@ struct Case {
   MaskCase mask;
   Reals x, residual, dy;
   Real u;
+  bool output = false;
   std::string name;
 
   Case(Random& random, const Shape& s, Type t, bool along_c, bool any_infinite)
@@ -226,6 +227,16 @@ struct Case {
                   static_cast<int>(mask.mask.o), static_cast<int>(mask.mask.r), static_cast<int>(mask.mask.c), static_cast<int>(style));
     name = text;
   }
+  // Sometimes x stands for y, of which the kernels then tell it.
+  void may_be_output(Random& random) {
+    output = random() % 3 == 0;
+    if (!output) return;
+    residual.clear();
+    act = one_of(random, {Act::none, Act::leaky_relu});
+    name += std::string(", all from y, of ") + kActs[static_cast<int>(act)];
+  }
+  // Where an element is 0 for being neither counted nor finite.
+  bool usable(int64_t o, int64_t r, int64_t c, int64_t i) const { return mask.counts(o, r, c) || std::isfinite(x[i]); }
   template <class F> void each(const F& f) const {
     int64_t i = 0;
     for (int64_t o = 0; o < shape.O; o++)

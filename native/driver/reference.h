@@ -130,6 +130,11 @@ inline Value activated(Act act, Value z, Real u) {
   const Real evaluation = smooth(act) ? 12 * u * std::fabs(z.value) : 2 * u * std::fabs(z.value);
   return {activated(act, z.value), 1.13L * z.error + (act == Act::none ? 0 : evaluation)};
 }
+// The z of which y = act(z), for no activation and leaky_relu.
+inline Value inverted(Act act, Real y, Real u) {
+  if (act == Act::none || !(y < 0)) return {y, 0};
+  return {y / 0.01L, u * std::fabs(y / 0.01L)};
+}
 // act'(z)·dy. Second derivatives do not exceed 1.2; 1 - sigmoid cancels down to u, times at most |z|·(1.6 + 0.22·z²) until it is 0.
 inline Value times_slope(Act act, Value z, Real dy, Real u) {
   if (act == Act::none || dy == 0) return {dy, 0};
@@ -137,7 +142,7 @@ inline Value times_slope(Act act, Value z, Real dy, Real u) {
   Real error = 2 * u * std::fabs(s);
   if (smooth(act)) {
     error += 1.2L * z.error + u * (24 + m * (2 + 0.25L * m * m));
-  } else if (std::fabs(z.value) <= z.error) {
+  } else if (std::fabs(z.value) < z.error) {
     error += 1;
   }
   return {s * dy, error * std::fabs(dy)};
