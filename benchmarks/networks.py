@@ -5,7 +5,6 @@ With none: only scale and bias, which is what the share of the norms in a step i
 
 import dataclasses
 import functools
-import inspect
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -190,16 +189,19 @@ def blocks() -> dict[str, Callable]:
         y: Any = nn.LayerNorm(dtype=x.dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
         return nn.relu(y)
 
-    found = {
+    def batch(**options: Any) -> Callable:
+        return lambda x, s, b: jnorm.batch_norm(x, state(x), s, b, **options)[0]
+
+    return {
         "batch norm + ReLU, flax": flax_batch,
-        "batch norm + ReLU, jnorm": lambda x, s, b: jnorm.batch_norm(x, state(x), s, b, activation="relu")[0],
+        "batch norm + ReLU, jnorm": batch(activation="relu"),
+        "batch norm + leaky ReLU, jnorm": batch(activation="leaky_relu"),
+        "batch norm + leaky ReLU, jnorm, save=output": batch(activation="leaky_relu", save="output"),
         "layer norm + ReLU, flax": flax_layer,
         "layer norm + ReLU, jnorm": lambda x, s, b: nn.relu(jnorm.layer_norm(x, s, b)),
+        "layer norm, jnorm": jnorm.layer_norm,
+        "layer norm, jnorm, save=output": functools.partial(jnorm.layer_norm, save="output"),
     }
-    if "save" in inspect.signature(jnorm.batch_norm).parameters:
-        saving: dict[str, Any] = {"activation": "leaky_relu", "save": "output"}
-        found["batch norm + leaky ReLU, jnorm, save=output"] = lambda x, s, b: jnorm.batch_norm(x, state(x), s, b, **saving)[0]
-    return found
 
 
 def marginal_temp(norm: Callable, form: str, dtype: str, shape: tuple[int, int]) -> float:
@@ -221,8 +223,6 @@ def stacks(dtypes: list[str], shape: tuple[int, int] = (4096, 256), tell: Callab
     for dtype in dtypes:
         for name, norm in blocks().items():
             forms = ["native", "xla"] if ours.has_native() and "jnorm" in name else ["xla"]
-            if "save" in name:
-                forms = [f for f in forms if f == "native"]
             for form in forms:
                 tell(f"stack: {name}, {dtype}")
                 label = f"{name}, {form}" if "jnorm" in name else name
