@@ -106,6 +106,13 @@ def test_init_needs_no_groups_of_the_axis(case):
     equal(variables["params"], initialized(CLASSES[case.norm])["params"])
 
 
+@each_norm
+def test_init_is_the_same_whatever_is_kept(case):
+    """Rows merged over an axis are refused with save="output", but initialization merges nothing."""
+    module = module_of(case, axis_name="unbound", save="output")
+    equal(module.init(KEY, X), initialized(CLASSES[case.norm]))
+
+
 @pytest.mark.parametrize("axis_name", [None, "unbound"])
 def test_init_takes_one_example_alone(axis_name):
     """Initialization takes no statistics, and the batch may be a mapped axis."""

@@ -75,7 +75,7 @@ def dtype_of_y(case, given, api):
 
 
 @each_api
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", [c for c in CASES if c.options.get("save") != "output"], ids=name_of)
 def test_bfloat16_input_and_float32_parameters(case, api):
     """y is float32 where there is a parameter; where there is none it is x's dtype."""
     given = cases.inputs(case, dtype="bfloat16")
@@ -129,6 +129,51 @@ def test_axis_name_and_groups(name, api):
         return jax.vmap(cases.value_and_gradients(case, **options, **kw), axes, axis_name="i")
 
     assert_same(mapped(), mapped(through=THROUGH[api]), given)
+
+
+# --- y kept in place of x ---------------------------------------------------------------------------------------------------
+
+
+SAVING = [c for c in CASES if c.options.get("save") == "output"]
+SAVING += [cases.replace(c, name=f"{c.name}_output", options={"save": "output"}) for c in PLAIN if c.tracked]
+
+
+@each_api
+@pytest.mark.parametrize("case", SAVING, ids=name_of)
+def test_output_of_bfloat16_with_float32_parameters_needs_a_dtype(case, api):
+    given = cases.inputs(case, dtype="bfloat16")
+    function = cases.value_and_gradients(case)
+    assert_same(function, cases.value_and_gradients(case, through=THROUGH[api], dtype=jnp.bfloat16), given)
+    if dtype_of_y(case, given, api) != jnp.bfloat16:
+        refused(case, given, api, "dtype must be that of x, bfloat16, got float32", {})
+
+
+def refused(case, given, api, says, options):
+    """The module's name stands before the message of the function."""
+    name = cases.CLASSES[case.norm] + ("" if api == "linen" else r"\(num_features=6\)")
+    with pytest.raises(ValueError, match=f'^{name}: save="output" .*{says}'):
+        THROUGH[api](case, given, **options)
+
+
+@each_api
+@pytest.mark.parametrize("name", ["batch_norm", "group_norm", "instance_norm", "tracked_instance_norm"])
+def test_outputs_that_do_not_tell_the_input(name, api):
+    case = BY_NAME[name]
+    for activation in ("relu", "silu", "gelu"):
+        refused(case, cases.inputs(case), api, activation, {"save": "output", "activation": activation})
+
+
+@each_api
+def test_output_with_a_residual(api):
+    case = BY_NAME["batch_norm_residual"]
+    refused(case, cases.inputs(case), api, "a residual was added", {"save": "output"})
+
+
+@each_api
+@pytest.mark.parametrize("case", PLAIN, ids=name_of)
+def test_neither_input_nor_output(case, api):
+    with pytest.raises(ValueError, match='save must be "input" or "output", got None'):
+        THROUGH[api](case, cases.inputs(case), save=None)
 
 
 # --- what can be said at construction and at the call -------------------------------------------------------------------------

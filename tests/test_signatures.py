@@ -24,6 +24,7 @@ LINEN_OWN = {"self", "name", "parent"}  # of every Linen module
 
 STATISTICS = "running statistics as batch_norm has them"
 ACTIVATION = "the fused activation"
+SAVE = {"save": "what is kept for the backward pass"}
 OF_FUNCTION = "an option of the function that Flax's class lacks"
 ADDED = {  # (api, class, method) -> what ours takes after Flax's parameters, and why
     ("linen", "BatchNorm", INIT): {
@@ -31,14 +32,17 @@ ADDED = {  # (api, class, method) -> what ours takes after Flax's parameters, an
         "track_count": "a variable more, for cumulative averages",
         "running_var_correction": STATISTICS,
         "activation": ACTIVATION,
-    },
+    }
+    | SAVE,
+    ("linen", "LayerNorm", INIT): SAVE,
+    ("linen", "RMSNorm", INIT): SAVE,
     ("linen", "BatchNorm", CALL): {
         "update_running": "a step may hold the statistics still",
         "momentum": "may be traced: a schedule",
         "residual": "the fused addition",
     },
-    ("linen", "GroupNorm", INIT): {"feature_axes": OF_FUNCTION, "activation": ACTIVATION},
-    ("linen", "InstanceNorm", INIT): {"reduction_axes": OF_FUNCTION, "activation": ACTIVATION},
+    ("linen", "GroupNorm", INIT): {"feature_axes": OF_FUNCTION, "activation": ACTIVATION} | SAVE,
+    ("linen", "InstanceNorm", INIT): {"reduction_axes": OF_FUNCTION, "activation": ACTIVATION} | SAVE,
     ("nnx", "SpectralNorm", CALL): {"kwargs": "of the layer; Flax's cannot be given any"},
 }
 ADDED |= {("nnx", name, method): why for (api, name, method), why in list(ADDED.items()) if api == "linen"}
@@ -189,7 +193,7 @@ bn = jnn.BatchNorm(use_running_average=False, axis=(-1, 1), momentum=None, track
 variables = bn.init(key, x)
 y = bn.apply(variables, x, mask=x > 0, momentum=jnp.array(0.9), mutable=["batch_stats"])
 jnn.LayerNorm(1e-5, reduction_axes=(1, 2), feature_axes=[-1], name="norm")
-jnn.RMSNorm(use_scale=False, scale_init=nn.initializers.ones)
+jnn.RMSNorm(use_scale=False, scale_init=nn.initializers.ones, save="output")
 jnn.AddLayerNorm(1e-5, use_bias=False).apply(variables, x, x, mask=x > 0)
 jnn.AddRMSNorm(scale_init=nn.initializers.ones)
 jnn.GroupNorm(num_groups=None, group_size=2, activation=jnp.tanh)
@@ -202,6 +206,7 @@ jnn.BatchNorm(momentun=0.9)  # error
 jnn.BatchNorm(momentum="0.9")  # error
 jnn.LayerNorm(use_bias=3)  # error
 jnn.RMSNorm(use_bias=False)  # error
+jnn.RMSNorm(save="y")  # error
 jnn.AddRMSNorm(use_bias=False)  # error
 jnn.GroupNorm(num_groups=2.5)  # error
 jnn.InstanceNorm(reduction_axes="hw")  # error
@@ -212,7 +217,7 @@ layer = jnx.BatchNorm(8, use_running_average=None, axis=-1, momentum=None, track
 z: jax.Array = layer(x, use_running_average=True, mask=None, residual=x, update_running=False)
 layer.eval()
 jnx.LayerNorm(8, reduction_axes=(1, 2), rngs=rngs)(x, mask=x > 0)
-jnx.RMSNorm(8, use_scale=False, rngs=rngs)(x, None)
+jnx.RMSNorm(8, use_scale=False, save="output", rngs=rngs)(x, None)
 pair: tuple[jax.Array, jax.Array] = jnx.AddLayerNorm(8, use_bias=False, rngs=rngs)(x, x, mask=x > 0)
 pair = jnx.AddRMSNorm(8, rngs=rngs)(x, residual=x)
 jnx.GroupNorm(8, None, 2, activation=jnp.tanh, rngs=rngs)
@@ -225,6 +230,7 @@ jnx.BatchNorm(8)  # error
 jnx.BatchNorm(8, momentun=0.9, rngs=rngs)  # error
 jnx.LayerNorm("8", rngs=rngs)  # error
 jnx.RMSNorm(8, use_bias=False, rngs=rngs)  # error
+jnx.RMSNorm(8, save=True, rngs=rngs)  # error
 jnx.AddRMSNorm(8, rngs=rngs)(x)  # error
 jnx.GroupNorm(8, num_groups="4", rngs=rngs)  # error
 jnx.WeightNorm(nnx.Linear(2, 2, rngs=rngs), scale=1.0, rngs=rngs)  # error

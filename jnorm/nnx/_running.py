@@ -126,7 +126,7 @@ class BatchNorm(nnx.Module):
         self.track_count = track_count
         self.running_var_correction = running_var_correction
         self.activation = activation
-        self.save = save
+        self.save: Save = save
 
     def __call__(
         self,
@@ -270,7 +270,7 @@ class TrackedInstanceNorm(nnx.Module):
         self.running_var_correction = running_var_correction
         self.activation = activation
         self.reduction_axes = static(reduction_axes)
-        self.save = save
+        self.save: Save = save
 
     def __call__(
         self,

@@ -99,7 +99,7 @@ class LayerNorm(nnx.Module):
         self.axis_index_groups = static(axis_index_groups)
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
-        self.save = save
+        self.save: Save = save
 
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
@@ -187,7 +187,7 @@ class RMSNorm(nnx.Module):
         self.axis_index_groups = static(axis_index_groups)
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
-        self.save = save
+        self.save: Save = save
 
     def __call__(self, x: jax.Array, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
@@ -294,7 +294,7 @@ class GroupNorm(nnx.Module):
         self.promote_dtype = promote_dtype
         self.feature_axes = static(feature_axes)
         self.activation = activation
-        self.save = save
+        self.save: Save = save
 
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
@@ -396,7 +396,7 @@ class InstanceNorm(nnx.Module):
         self.promote_dtype = promote_dtype
         self.reduction_axes = static(reduction_axes)
         self.activation = activation
-        self.save = save
+        self.save: Save = save
 
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
