@@ -50,6 +50,11 @@ class Case:
         return self.options.get("use_running_average", False)
 
     @property
+    def output(self):
+        """y is kept in place of x, which is told from it: gradients have what that loses, and a scale near 0 is taken to be further off."""
+        return self.options.get("save") == "output"
+
+    @property
     def feature_shape(self):
         return tuple(self.shape[i] for i in self.features)
 
@@ -94,6 +99,8 @@ def added(name, norm, kept=None, **changes):
 ROWS = {0: 1, 1: 1, 2: 1}
 SAMPLES = {0: 1}
 LEADING, OF_LEADING = {1: 1, 2: 1, 3: 1}, {"reduction_axes": 0, "feature_axes": 0}
+OUTPUT = {"save": "output"}
+LEAKY_OUTPUT = OUTPUT | {"activation": "leaky_relu"}
 CASES = [
     batch("batch_norm"),
     batch("batch_norm_matrix", {1: 1}, shape=(12, 5), features=(1,)),
@@ -134,6 +141,15 @@ CASES = [
     tracked("tracked_instance_norm_mask", mask=(3, 2, 1), options={"running_var_correction": 1, "momentum": 0.9}),
     tracked("tracked_instance_norm_counted", state="count", options={"momentum": None, "activation": "relu"}, act="relu"),
     tracked("tracked_instance_norm_evaluate", options={"use_running_average": True}),
+    batch("batch_norm_output_mask", options=LEAKY_OUTPUT, mask=(4, 1, 1, 1), act="leaky_relu"),
+    batch("batch_norm_output_evaluate", options={"use_running_average": True, **OUTPUT}),
+    layer("layer_norm_output_mask", ROWS, options=OUTPUT, mask=(6,)),
+    rms("rms_norm_output", ROWS, options=OUTPUT),
+    group("group_norm_output", {0: 1, 3: 2}, options={"num_groups": 3, **LEAKY_OUTPUT}, act="leaky_relu"),
+    group(
+        "group_norm_output_matrix", {0: 1, 1: 2}, options={"num_groups": 3, **LEAKY_OUTPUT}, shape=(5, 6), features=(1,), act="leaky_relu"
+    ),
+    instance("instance_norm_output_mask", options=OUTPUT, mask=(4, 3, 2, 6)),
 ]
 BY_NAME = {c.name: c for c in CASES}
 PLAIN = [BY_NAME[n] for n in ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "tracked_instance_norm")]
@@ -279,10 +295,14 @@ def oracle(case, given, act="case", **changes):
     if state is not None and (evaluate or not case.tracked):
         samples = x.shape[0] if case.tracked else 1
         running = tuple(np.tile(oracles.wide(state[k]).ravel(), samples) for k in ("mean", "var"))
+    scale, output = given.get("scale"), None
+    if case.output:
+        scale = None if scale is None else oracles.away_from_zero(scale)
+        output = oracles.Output(lengths(case, given)[0], "float64" if x.dtype == np.float64 else "float32", x.dtype.name)
     answer = oracles.norm(
         x,
         ids,
-        oracles.Affine(case.features, given.get("scale"), given.get("bias")),
+        oracles.Affine(case.features, scale, given.get("bias")),
         given["dy"],
         mask=given.get("mask"),
         residual=residual,
@@ -291,6 +311,7 @@ def oracle(case, given, act="case", **changes):
         about_zero=case.about_zero,
         running=running,
         evaluate=evaluate,
+        output=output,
     )
     answer = answer._replace(dresidual=answer.dx) if case.adds else answer
     return answer, None if state is None else updated(case, given, answer.moments)
@@ -348,6 +369,11 @@ def check_gradients(case, given, gradients, roundings=1, statistics="float32"):
 
 def replace(case, **changes):
     return dataclasses.replace(case, **changes)
+
+
+def keeping_y(case, **options):
+    """The same with save="output", of which the other options are allowed."""
+    return replace(case, options={**case.options, **OUTPUT, **options}, act=options.get("activation"))
 
 
 def oracle_state(case, given):

@@ -20,6 +20,19 @@ class Bounded(NamedTuple):
 
     value: np.ndarray
     size: np.ndarray
+    lost = 0.0
+
+
+class Told(Bounded):
+    """What is computed from x̂ as told from y, which may be wrong by `lost` beside that."""
+
+    lost: np.ndarray
+
+    @classmethod
+    def of(cls, bounded, lost):
+        told = cls(*bounded)
+        told.lost = lost
+        return told
 
 
 class Answer(NamedTuple):
@@ -141,7 +154,39 @@ def _standardize(x, ids, mask, epsilon, m, running, evaluate):
     return (x - mean[ids]) * rstd[ids], rstd[ids], (mask & has[ids]) / np.maximum(m.count, 1)[ids]
 
 
-def norm(x, ids, affine, dy, *, mask=None, residual=None, act=None, epsilon=1e-6, about_zero=False, running=None, evaluate=False):
+class Output(NamedTuple):
+    """x̂ is told from y, whose sums are of `length` terms in `statistics`, and which is rounded to `out`."""
+
+    length: int
+    statistics: str
+    out: str
+
+
+def away_from_zero(scale):
+    """What y is made with, for x to be told from it."""
+    return np.where(wide(scale) < 0, np.minimum(wide(scale), -(2.0**-10)), np.maximum(wide(scale), 2.0**-10))
+
+
+class _Lost(NamedTuple):
+    """What x̂ and g may be wrong by for being told from y."""
+
+    xhat: np.ndarray
+    g: np.ndarray
+
+
+def _lost(z, z_size, scale, dy, act, output):
+    """x̂ = (act⁻¹(y) − bias)/scale has the error of y, and that of y's type, divided by scale. Where z may be of either sign, so may g."""
+    import ml_dtypes  # as in `tolerance`
+
+    low, eps = ml_dtypes.finfo(output.out), float(ml_dtypes.finfo(output.statistics).eps)
+    leaky = act == "leaky_relu"
+    error = (output.length + 20) * eps * z_size + 0.5 * float(low.eps) * abs(z) + float(low.smallest_subnormal) * (100 if leaky else 1)
+    return _Lost(error / abs(scale), leaky * (abs(z) <= error) * abs(dy))
+
+
+def norm(
+    x, ids, affine, dy, *, mask=None, residual=None, act=None, epsilon=1e-6, about_zero=False, running=None, evaluate=False, output=None
+):
     """Value and gradients. `running` = (mean, var) per set: used where a set counts nothing, and everywhere if `evaluate`."""
     x, dy, ndim = wide(x), wide(dy), np.ndim(x)
     m = moments(x, ids, mask, about_zero)
@@ -155,13 +200,30 @@ def norm(x, ids, affine, dy, *, mask=None, residual=None, act=None, epsilon=1e-6
     value, slope = ACTIVATIONS[act](z) if act else (z, np.ones(z.shape))
     g = slope * np.conj(dy)
     g_size = abs(dy) * (1 + z_size if act else 1)  # the slope's own slope is at most about 1
-    return Answer(
+    answer = Answer(
         Bounded(value, z_size),
         _dx(scale, g, g_size, xhat, rstd, weight, ids, about_zero),
         None if affine.scale is None else _parameter((np.conj(g) * xhat).real, g_size * (1 + abs(xhat)), affine.features),
         None if affine.bias is None else _parameter(g.real, g_size, affine.features),
         None if residual is None else Bounded(np.conj(g), g_size),
         m,
+    )
+    if output is None:
+        return answer
+    lost = _lost(z, z_size, scale, dy, act, output)
+    return _told(answer, lost, scale, g, xhat, rstd, weight, ids, about_zero, affine.features)
+
+
+def _told(answer, lost, scale, g, xhat, rstd, weight, ids, about_zero, features):
+    """The gradients of an answer with what they may be wrong by where x̂ and g are."""
+    terms, h = abs(g) * lost.xhat + lost.g * (abs(xhat) + lost.xhat), abs(scale) * lost.g
+    inner, inner_lost = abs(total(scale * g * xhat, ids))[ids], total(abs(scale) * terms, ids)[ids]
+    mean = 0 if about_zero else total(h, ids)[ids]
+    dx = rstd * (h + weight * (mean + abs(xhat) * inner_lost + lost.xhat * (inner + inner_lost)))
+    return answer._replace(
+        dx=Told.of(answer.dx, dx),
+        dscale=None if answer.dscale is None else Told.of(answer.dscale, gather_features(terms, features)),
+        dbias=None if answer.dbias is None else Told.of(answer.dbias, gather_features(lost.g, features)),
     )
 
 
@@ -290,7 +352,7 @@ def tolerance(want, length, statistics="float32", out="float32", roundings=1):
     value, size = want
     low = ml_dtypes.finfo(out)
     rounding = 0.5 * float(low.eps) * abs(value) + float(low.smallest_subnormal)
-    return (length + 16) * float(ml_dtypes.finfo(statistics).eps) * size + roundings * rounding
+    return (length + 16) * float(ml_dtypes.finfo(statistics).eps) * size + roundings * rounding + want.lost
 
 
 def worst(got, want, length, statistics="float32", out=None, roundings=1):

@@ -22,6 +22,7 @@ from native_fuzz import native
 each_form = pytest.mark.parametrize("form", [pytest.param("native", marks=native), "xla"])
 SHAPE = (8, 4, 3, 16)
 CALLS = {"batch_norm": (2, 4), "layer_norm": (1, 2), "rms_norm": (1, 2), "group_norm": (1, 2), "instance_norm": (1, 2)}
+CALLS |= {"batch_norm_output_mask": (2, 4), "layer_norm_output_mask": (1, 2), "group_norm_output": (1, 2)}
 CALLS |= {"tracked_instance_norm": (2, 4), "add_layer_norm": (1, 2), "add_rms_norm": (1, 2), "batch_norm_relu_residual": (2, 4)}
 
 
