@@ -22,7 +22,7 @@ derivative, where the tangent of h passes through the ops, so that its cotangent
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -142,20 +142,21 @@ class _Row(NamedTuple):
     bias: jax.Array
     mask: jax.Array | None
     centered: bool
+    told: Callable[[jax.Array], jax.Array] | None = None
+    """With `output`, x is y, and this gives z of it. The statistics are those of xhat, of which nothing more is to be subtracted."""
 
     @classmethod
     def of(cls, args: Sequence[jax.Array], centered: bool, output: bool, act: str | None) -> "_Row":
-        """With `output`, x is xhat, of which nothing more is to be subtracted."""
         x, power, center, offset, rstd, scale, bias, *mask = args
-        stats = RowStats(*map(isolate, (power, center, offset, rstd)))
-        if output:
-            x = (inverted(act, read(x)) - bias) * reciprocal(scale)
-            one = jnp.ones_like(stats.rstd)
-            stats, centered = RowStats(one, 0 * one, 0 * one, one), False
-        return cls(x, stats, scale, bias, mask[0] if mask else None, centered)
+        row = cls(x, RowStats(*map(isolate, (power, center, offset, rstd))), scale, bias, mask[0] if mask else None, centered)
+        if not output:
+            return row
+        one = jnp.ones_like(row.stats.rstd)
+        return row._replace(stats=RowStats(one, 0 * one, 0 * one, one), told=functools.partial(inverted, act))
 
     def apart(self, k: int) -> "_Row":
-        return jax.tree.map(lambda a: apart(a, k), self._replace(centered=None))._replace(centered=self.centered)
+        static = {"centered": self.centered, "told": self.told}
+        return jax.tree.map(lambda a: apart(a, k), self._replace(**dict.fromkeys(static)))._replace(**static)
 
     def usable(self, v: jax.Array) -> jax.Array:
         """v, 0 where x is read as the mean."""
@@ -163,6 +164,8 @@ class _Row(NamedTuple):
 
     def deviation(self) -> jax.Array:
         """power·x minus its mean."""
+        if self.told is not None:
+            return self.usable((self.told(read(self.x)) - self.bias) * reciprocal(self.scale))
         v = read(self.x) * self.stats.power
         return self.usable((v - self.stats.center) - self.stats.offset if self.centered else v)
 
@@ -170,7 +173,7 @@ class _Row(NamedTuple):
         return self.deviation() * self.stats.rstd
 
     def z(self) -> jax.Array:
-        return self.xhat() * self.scale + self.bias
+        return self.xhat() * self.scale + self.bias if self.told is None else self.told(read(self.x))
 
 
 def row_tangent_form(
