@@ -28,8 +28,7 @@ void moments_of(const Leaf& leaf, Pool& pool, const Cut& cut, Array x, Mask mask
 
 template <class A> void apply_of(const Leaf& leaf, Pool& pool, const Column& in, Array y) {
   const Cut cut(in.O, in.R, in.C, in.x.type);
-  const int64_t size = in.O * in.R * in.C;
-  const bool stream = streams(cut, y, size * (size_of(in.x.type) + (in.residual ? size_of(in.residual.type) : 0)));
+  const bool stream = streams(cut, y);
   // From the end, of which most is still in the caches.
   pool.run(cut.chunks(), [&](int64_t i) { apply_chunk<A>(leaf, cut, Place(cut, cut.chunks() - 1 - i), in, y, stream); });
 }

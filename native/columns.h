@@ -46,10 +46,11 @@ inline ColumnChunk chunk_at(const Cut& cut, const Place& at, Array x, Mask mask)
   return c;
 }
 
-// Whether to write past the caches: only whole aligned vectors can be.
-inline bool streams(const Cut& cut, Array out, int64_t bytes_in) {
+// Whether to write past the caches, which only whole aligned vectors can be: what fills the last cache, alone or with what is read for it
+// and not again. y is read by what follows, and x once more by the backward pass; dx is written when x and dy are done with.
+inline bool streams(const Cut& cut, Array out, int64_t bytes_in = 0) {
   const int64_t n = lanes(cut.type), bytes = cut.O * cut.R * cut.C * size_of(out.type);
-  return bytes + bytes_in > last_cache_bytes() && aligned(out) && cut.C % n == 0 && cut.width % n == 0;
+  return bytes + bytes_in >= last_cache_bytes() && aligned(out) && cut.C % n == 0 && cut.width % n == 0;
 }
 
 // --- one chunk ----------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ template <class A> class Groups {
   Groups(const Leaf& leaf, Pool& pool, const Group& in) : leaf_(leaf), pool_(pool), in_(in), cut_(in.O, in.R, in.C, in.x.type) {}
 
   void norm(double epsilon, Array y, A* center, A* offset, A* rstd) {
-    const int64_t size = in_.O * in_.R * in_.C, n = cut_.chunks_of_o();
-    const bool stream = streams(cut_, y, size * size_of(in_.x.type));
+    const int64_t n = cut_.chunks_of_o();
+    const bool stream = streams(cut_, y);
     std::vector<A> mul(in_.O * in_.C);
     Partials<A> partials(cut_, cut_.chunks());
     const Column column = operands(center, offset, mul.data(), false);

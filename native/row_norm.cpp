@@ -1,4 +1,6 @@
 // Row norms of a chunk.
+#include <type_traits>
+
 #include "act.h"
 #include "row.h"
 
@@ -39,6 +41,22 @@ template <class A, bool M, class Of> JNORM_INLINE Wide<A> total(const A* x, cons
   for (; j + N <= R; j += N) s0 += one(j);
   if (j < R) s1 += lanes_below<A>(R - j) ? one(j) : V<A>{};
   return sum_of<A>((s0 + s1) + (s2 + s3));
+}
+
+// Both Σ of(x) and Σ of(x)² over a row of whole vectors, which `load_at` gives.
+template <class A, class Load> JNORM_INLINE void both_totals(int64_t R, A shift, Load load_at, Wide<A>* one, Wide<A>* two) {
+  constexpr int64_t N = Traits<A>::N;
+  V<A> s0{}, s1{}, s2{}, s3{}, q0{}, q1{}, q2{}, q3{};
+  auto add = [&](int64_t j, V<A>& s, V<A>& q) {
+    const V<A> d = load_at(j) - shift;
+    s += d;
+    q += d * d;
+  };
+  int64_t j = 0;
+  for (; j + 4 * N <= R; j += 4 * N) add(j, s0, q0), add(j + N, s1, q1), add(j + 2 * N, s2, q2), add(j + 3 * N, s3, q3);
+  for (; j + N <= R; j += N) add(j, s0, q0);
+  *one = sum_of<A>((s0 + s1) + (s2 + s3));
+  *two = sum_of<A>((q0 + q1) + (q2 + q3));
 }
 
 template <class A> JNORM_INLINE void set_mean(Statistics<A>& s, Wide<A> mean) {
@@ -94,7 +112,7 @@ void write_row_of(Act act, const A* x, const A* mask, const A* scale, const A* b
                    : write_row<A, Y, kAnyAct, centered, M>(x, mask, scale, bias, n, s, rstd, y, streamed, act, next, step);
 }
 
-// One row on its way: rows are taken some at a time, so that one's sums do not wait for another's.
+// One row on its way: strictly one after the other, since memory is then read the fastest.
 template <class A> struct Line {
   const A* x;
   int64_t o;
@@ -104,59 +122,97 @@ template <class A> struct Line {
   Statistics<A> s;
 };
 
+template <class A, bool centered, bool M> JNORM_INLINE void in_two_passes(Line<A>& line, const A* mask, int64_t R) {
+  const A first = line.first;
+  if (centered) set_mean<A>(line.s, first + line.each * total<A, M>(line.x, mask, R, [=](V<A> v) { return v - first; }));
+  line.s.square = mean_square<A, centered, M>(line.x, mask, R, line.each, line.s);
+}
+
+// Around a value near the mean, from which the squares are moved to the mean; where it turns out to be far, in a second pass.
+template <class A, bool centered, class Load> JNORM_INLINE void in_one_pass(Line<A>& line, int64_t R, Load load_at) {
+  const A near = centered ? A(sum_of<A>(load_at(0)) / Traits<A>::N) : A(0);
+  Wide<A> one, two;
+  both_totals<A>(R, near, load_at, &one, &two);
+  if (centered) set_mean<A>(line.s, near + one * line.each);
+  const Wide<A> moved = one * one * line.each, left = two - moved;
+  if (!centered) {
+    line.s.square = A(line.each * two);
+  } else if (moved <= left) {
+    line.s.square = A(line.each * left);
+  } else {
+    line.s.square = mean_square<A, centered, false>(line.x, nullptr, R, line.each, line.s);
+  }
+}
+
 template <class A, bool M> class Lines {
  public:
   Lines(const Row& row, const RowChunk& c) : row_(row), c_(c), scratch_(row, c.scratch), R_(row.R) {
-    direct_ = R_ % Traits<A>::N == 0 && !M && !c.residual && row.x.type == (sizeof(A) == 8 ? Type::f64 : Type::f32);
+    whole_ = R_ > 0 && R_ % Traits<A>::N == 0 && !M;
+    direct_ = whole_ && !c.residual && row.x.type == (sizeof(A) == 8 ? Type::f64 : Type::f32);
   }
 
-  A* buffer(int t) const { return scratch_.at(2 + 2 * t); }
-  A* mask(int t) const { return scratch_.at(3 + 2 * t); }
+  A* buffer() const { return scratch_.at(2); }
+  A* mask() const { return scratch_.at(3); }
 
-  // The row as the arithmetic's type, in scratch memory unless it is so already.
-  JNORM_INLINE Line<A> read(int64_t i, int t) const {
+  // The row as the arithmetic's type, in scratch memory unless it is so already, and its statistics.
+  template <bool centered> JNORM_INLINE Line<A> read(int64_t i) const {
     Line<A> line{};
     line.o = row_number(row_, i, c_.g);
-    const int64_t at = line.o * R_;
-    if (direct_) {
-      line.x = static_cast<const A*>(row_.x.data) + at;
-    } else {
-      widen(buffer(t), row_.x, at, R_, scratch_.n);
-      line.x = buffer(t);
-    }
-    if (c_.residual) add_residual(at, buffer(t), mask(t));
     line.each = Wide<A>(1) / (R_ ? R_ : 1);
-    line.first = R_ ? line.x[0] : 0;
     line.nothing = R_ == 0;
-    if constexpr (M) count(line, t);
+    const int64_t at = line.o * R_;
+    line.x = direct_ ? static_cast<const A*>(row_.x.data) + at : buffer();
+    // Only where there is a mean to subtract: without one the two passes are the faster, by a third (measured; the reason is not known).
+    if constexpr (sizeof(A) == 4 && centered) {
+      if (whole_ && !c_.residual) {
+        if (row_.x.type == Type::bf16) return widened<centered>(line, static_cast<const bf16*>(row_.x.data) + at, buffer());
+        if (row_.x.type == Type::f16) return widened<centered>(line, static_cast<const f16*>(row_.x.data) + at, buffer());
+      }
+    }
+    if (!direct_) widen(buffer(), row_.x, at, R_, scratch_.n);
+    if (c_.residual) add_residual(at, buffer(), mask());
+    line.first = R_ ? line.x[0] : 0;
+    if constexpr (M) count(line);
+    const A* const x = line.x;
+    whole_ ? in_one_pass<A, centered>(line, R_, [=](int64_t j) { return load(x + j); }) : in_two_passes<A, centered, M>(line, mask(), R_);
     return line;
   }
 
  private:
+  template <bool centered, class S> JNORM_INLINE Line<A> widened(Line<A> line, const S* from, A* to) const {
+    in_one_pass<A, centered>(line, R_, [=](int64_t j) {
+      const V<A> v = load(from + j);
+      store(to + j, v);
+      return v;
+    });
+    line.first = to[0];
+    return line;
+  }
   void add_residual(int64_t at, A* to, A* other) const {
     widen(other, c_.residual, at, R_, scratch_.n);
     for (int64_t j = 0; j < scratch_.n; j += Traits<A>::N) store(to + j, load(to + j) + load(other + j));
     narrow(c_.sum, at, to, R_);
     if (size_of(c_.sum.type) != sizeof(A)) widen(to, c_.sum, at, R_, scratch_.n);  // as rounded
   }
-  void count(Line<A>& line, int t) const {
-    const Wide<A> n = spread_row_mask(row_, line.o, buffer(t), mask(t), scratch_.n);
+  void count(Line<A>& line) const {
+    const Wide<A> n = spread_row_mask(row_, line.o, buffer(), mask(), scratch_.n);
     line.each = 1 / (n > 1 ? n : 1);
     line.nothing = n == 0;
     line.first = 0;
-    for (int64_t k = R_ - 1; k >= 0; k--) line.first = mask(t)[k] == Kind<A>::counted ? line.x[k] : line.first;
+    for (int64_t k = R_ - 1; k >= 0; k--) line.first = mask()[k] == Kind<A>::counted ? line.x[k] : line.first;
   }
 
   const Row& row_;
   const RowChunk& c_;
   const Scratch<A> scratch_;
   const int64_t R_;
-  bool direct_;
+  bool whole_;   // vectors, unmasked
+  bool direct_;  // and as the arithmetic's type
 };
 
 // A huge row times a power of two, into scratch memory.
 template <class A, bool centered, bool M> void rescale(Line<A>& line, A* buffer, const A* mask, int64_t R) {
-  const A power = power_of<A>(line.x, M ? mask : nullptr, R, line.first);
+  const A power = power_of<A>(line.x, M ? mask : nullptr, R, centered ? line.first : A(0));
   if (power == 1) return;
   for (int64_t j = 0; j < R; j++) buffer[j] = line.x[j] * power;
   line.x = buffer;
@@ -168,57 +224,38 @@ template <class A, bool centered, bool M> void rescale(Line<A>& line, A* buffer,
 
 template <class A, bool centered, bool M> void norm_rows(const Row& row, const RowChunk& c) {
   constexpr int64_t N = Traits<A>::N;
+  constexpr Type own = sizeof(A) == 8 ? Type::f64 : Type::f32;
   const Scratch<A> scratch(row, c.scratch);
-  const int64_t R = row.R;
+  const int64_t R = row.R, step = N * size_of(row.x.type);
   const bool aligned = R % N == 0;
   const A* const scale = whole_vectors<A>(row.scale, row, c.g, scratch.at(0));
   const A* const bias = whole_vectors<A>(row.bias, row, c.g, scratch.at(1));
-  A* const out = scratch.at(2 + 2 * kTogether);
+  A* const out = scratch.at(4);
   const Lines<A, M> lines(row, c);
-  for (int64_t i = c.first; i < c.last;) {
-    const int together = c.last - i < kTogether ? int(c.last - i) : kTogether;
-    Line<A> line[kTogether];
-    A rstd[kTogether];
-    for (int t = 0; t < together; t++) {
-      line[t] = lines.read(i + t, t);
-      if (!centered) {
-        line[t].first = 0;
-        continue;
-      }
-      const A first = line[t].first;
-      set_mean<A>(line[t].s, first + line[t].each * total<A, M>(line[t].x, lines.mask(t), R, [=](V<A> v) { return v - first; }));
-    }
-    for (int t = 0; t < together; t++) line[t].s.square = mean_square<A, centered, M>(line[t].x, lines.mask(t), R, line[t].each, line[t].s);
-    for (int t = 0; t < together; t++) {
-      Statistics<A>& s = line[t].s;
-      if (!((s.square - s.square) == 0)) rescale<A, centered, M>(line[t], lines.buffer(t), lines.mask(t), R);
-      const A total = s.square + A(c.epsilon) * s.power * s.power;
-      rstd[t] = line[t].nothing || total == 0 ? A(0) : A(1 / __builtin_sqrt(total));
-      static_cast<A*>(c.stats.power)[line[t].o] = s.power;
-      static_cast<A*>(c.stats.center)[line[t].o] = s.center;
-      static_cast<A*>(c.stats.offset)[line[t].o] = s.offset;
-      static_cast<A*>(c.stats.rstd)[line[t].o] = rstd[t];
-    }
-    for (int t = 0; t < together; t++) {
-      const int64_t at = line[t].o * R, after = least(i + together + t, c.last - 1), step = N * size_of(row.x.type);
-      const char* const next = static_cast<const char*>(row.x.at(row_number(row, after, c.g) * R));
-      const A* const mask = lines.mask(t);
-      if (aligned && c.y.type == (sizeof(A) == 8 ? Type::f64 : Type::f32)) {
-        A* const y = static_cast<A*>(c.y.data) + at;
-        write_row_of<A, A, centered, M>(row.act, line[t].x, mask, scale, bias, R, line[t].s, rstd[t], y, c.stream, next, step);
-        continue;
-      }
-      if constexpr (sizeof(A) == 4) {
-        if (aligned && c.y.type == Type::bf16) {
-          bf16* const y = static_cast<bf16*>(c.y.data) + at;
-          write_row_of<A, bf16, centered, M>(row.act, line[t].x, mask, scale, bias, R, line[t].s, rstd[t], y, c.stream, next, step);
-          continue;
-        }
-      }
-      write_row_of<A, A, centered, M>(row.act, line[t].x, mask, scale, bias, scratch.n, line[t].s, rstd[t], out, false, next, step);
+  const A* const mask = lines.mask();
+  for (int64_t i = c.first; i < c.last; i++) {
+    Line<A> line = lines.template read<centered>(i);
+    Statistics<A>& s = line.s;
+    if (!((s.square - s.square) == 0)) rescale<A, centered, M>(line, lines.buffer(), mask, R);
+    const A total = s.square + A(c.epsilon) * s.power * s.power;
+    const A rstd = line.nothing || total == 0 ? A(0) : A(1 / __builtin_sqrt(total));
+    static_cast<A*>(c.stats.power)[line.o] = s.power;
+    static_cast<A*>(c.stats.center)[line.o] = s.center;
+    static_cast<A*>(c.stats.offset)[line.o] = s.offset;
+    static_cast<A*>(c.stats.rstd)[line.o] = rstd;
+    const int64_t at = line.o * R;
+    const char* const next = static_cast<const char*>(row.x.at(row_number(row, least(i + 1, c.last - 1), c.g) * R));
+    auto write = [&](auto* y, int64_t n, bool streamed) {
+      write_row_of<A, std::remove_pointer_t<decltype(y)>, centered, M>(row.act, line.x, mask, scale, bias, n, s, rstd, y, streamed, next, step);
+    };
+    if (aligned && c.y.type == own) {
+      write(static_cast<A*>(c.y.data) + at, R, c.stream);
+    } else if (aligned && c.y.type == Type::bf16) {
+      if constexpr (sizeof(A) == 4) write(static_cast<bf16*>(c.y.data) + at, R, c.stream);
+    } else {
+      write(out, scratch.n, false);
       narrow(c.y, at, out, R);
     }
-    i += together;
   }
   if (c.stream) end_of_stream();
 }

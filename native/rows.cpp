@@ -29,8 +29,9 @@ struct Rows {
   }
 };
 
-bool streams(const Row& in, Array out, int64_t bytes_in) {
-  return in.O * in.R * size_of(out.type) + bytes_in > last_cache_bytes() && aligned(out) && in.R % 32 == 0;
+// As for columns.
+bool streams(const Row& in, Array out, int64_t bytes_in = 0) {
+  return in.O * in.R * size_of(out.type) + bytes_in >= last_cache_bytes() && aligned(out) && in.R % 32 == 0;
 }
 
 template <class A> void cotangent(const Leaf& leaf, Pool& pool, const Row& in, RowChunk c, A* dscale, A* dbias) {
@@ -74,7 +75,7 @@ void row_norm(Isa isa, Pool& pool, const Row& in, double epsilon, Array residual
   c.y = y;
   c.sum = sum;
   c.stats = stats;
-  c.stream = streams(in, y, in.O * in.R * (size_of(in.x.type) + (residual ? size_of(residual.type) : 0)));
+  c.stream = streams(in, y);
   pool.run(rows.chunks(), [&](int64_t i) {
     const Scratch scratch(row_scratch(in.x.type, in.R));
     RowChunk own = c;

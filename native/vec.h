@@ -165,8 +165,9 @@ JNORM_INLINE void end_of_stream() {
 #endif
 }
 
-// What will be read next, while there is still something to compute: the processor's own prefetching ends with each page of 4 KiB.
-JNORM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// What will be read next, while there is still something to compute: the processor's own prefetching ends with each page of 4 KiB. Into the
+// second cache, since the first one is full of the row at hand.
+JNORM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Halves are added, in the wider type.
 template <class A> JNORM_INLINE Wide<A> sum_of(V<A> v);

@@ -103,8 +103,8 @@ def cotangent_sums(
         return None
     columns = column.columns
     small = columns.small_aval(stats_dtype(column.x.dtype))
-    operands = [columns.large(dy), *column.operands()]
-    found = _call("cotangent_sums", [small] * 2, operands, **column.attributes(act), output=column.output)
+    given = [columns.large(dy), *column.operands()]
+    found = _call("cotangent_sums", [small] * 2, given, **column.attributes(act), output=column.output)
     return all_sum([v.reshape(columns.small_shape).sum(columns.extra, keepdims=True) for v in found], spans(map_axes))
 
 

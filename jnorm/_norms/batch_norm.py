@@ -205,8 +205,8 @@ def batch_norm(
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
         anyway, so that this halves what a deep network keeps. For real x, y of its dtype, no residual, and no activation,
-        "leaky_relu" or a callable; |scale| is taken to be at
-        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        "leaky_relu" or a callable; the size of scale is
+        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape, and the state: the same keys, shapes and dtypes. Where nothing updates it is the object that was given.

@@ -64,8 +64,8 @@ def group_norm(
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
         anyway, so that this halves what a deep network keeps. For y of x's dtype, and no activation, "leaky_relu"
-        or a callable; with a single position without `axis_name`; |scale| is taken to be at
-        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        or a callable; with a single position without `axis_name`; the size of scale is
+        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where a group counts nothing, y is the activation of the bias.

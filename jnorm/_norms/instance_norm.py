@@ -47,8 +47,8 @@ def instance_norm(
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
         anyway, so that this halves what a deep network keeps. For y of x's dtype, and no activation, "leaky_relu"
-        or a callable; |scale| is taken to be at
-        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        or a callable; the size of scale is
+        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where nothing is counted, y is the activation of the bias.
@@ -81,9 +81,9 @@ def instance_norm(
     if across.names:
         options = {"mask": mask, "activation": activation, "dtype": dtype, "save": save}
         return run_instances(x, scale, bias, layout, across, epsilon=epsilon, **options)[0]
-    *affine, dtype, output = _checked(x, scale, bias, layout, activation, dtype, save)
+    (scale, bias), dtype, output = _checked(x, scale, bias, layout, activation, dtype, save)
     options = {"mask": mask, "activation": activation, "dtype": dtype, "output": output}
-    return run_groups(x, *affine, layout, None, epsilon=check_epsilon(epsilon), **options)
+    return run_groups(x, scale, bias, layout, None, epsilon=check_epsilon(epsilon), **options)
 
 
 def instance_layout(x: jax.Array, reduction_axes: Axes | None, feature_axes: Axes) -> Layout:
@@ -106,11 +106,11 @@ def run_instances(
     save: Save,
 ) -> tuple[jax.Array, Stats]:  # fmt: skip
     """y and the statistics of each sample."""
-    *aux, dtype, output = _checked(x, scale, bias, layout, activation, dtype, save)
+    aux, dtype, output = _checked(x, scale, bias, layout, activation, dtype, save)
     y, stats = run(
         x,
         functools.partial(_map, check_epsilon(epsilon)),
-        tuple(aux),
+        aux,
         layout,
         across,
         mask=mask,
@@ -121,12 +121,12 @@ def run_instances(
     return y, jax.tree.map(layout.squeeze, stats)
 
 
-def _checked(x: jax.Array, scale: Any, bias: Any, layout: Layout, activation: Any, dtype: Any, save: Save) -> tuple[Any, ...]:
-    """Scale, bias, y's dtype, and whether y is kept in place of x."""
+def _checked(x: jax.Array, scale: Any, bias: Any, layout: Layout, activation: Any, dtype: Any, save: Save) -> tuple[tuple, Any, bool]:
+    """Scale and bias, y's dtype, and whether y is kept in place of x."""
     dtype = check_dtype(dtype, x)
     output = check_save(save, x, dtype, activation)
     scale, bias = (check_affine(v, name, layout, x) for v, name in ((scale, "scale"), (bias, "bias")))
-    return away_from_zero(scale) if output else scale, bias, dtype, output
+    return (away_from_zero(scale) if output else scale, bias), dtype, output
 
 
 def _map(epsilon: float, stats: Stats, aux: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -42,8 +42,8 @@ def layer_norm(
       axis_index_groups: groups of equal size within that axis.
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
-        anyway, so that this halves what a deep network keeps. For y of x's dtype, without `axis_name`; |scale| is taken to be at
-        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        anyway, so that this halves what a deep network keeps. For y of x's dtype, without `axis_name`; the size of scale is
+        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where nothing is counted, y is the bias.
@@ -100,8 +100,8 @@ def rms_norm(
       axis_index_groups: groups of equal size within that axis.
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
-        anyway, so that this halves what a deep network keeps. For y of x's dtype, without `axis_name`; |scale| is taken to be at
-        least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        anyway, so that this halves what a deep network keeps. For y of x's dtype, without `axis_name`; the size of scale is
+        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where nothing is counted, y is 0.

@@ -72,8 +72,8 @@ def away_from_zero(scale: jax.Array | None) -> jax.Array | None:
     """sign(scale)·max(|scale|, SMALLEST_SCALE), whose derivative is taken to be 1: a scale that starts at 0 has to be able to leave."""
     if scale is None:
         return None
-    far = jnp.where(scale < 0, jnp.minimum(scale, -SMALLEST_SCALE), jnp.maximum(scale, SMALLEST_SCALE))
-    return lax.stop_gradient(far) + (scale - lax.stop_gradient(scale))
+    smallest = jnp.where(scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE).astype(scale.dtype)
+    return jnp.where(jnp.abs(scale) < SMALLEST_SCALE, smallest + (scale - lax.stop_gradient(scale)), scale)
 
 
 def check_flag(value: Any, name: str) -> bool:
