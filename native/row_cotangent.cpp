@@ -1,4 +1,6 @@
 // The transposed derivative of a chunk's row norms.
+#include <type_traits>
+
 #include "act.h"
 #include "row.h"
 
@@ -15,6 +17,9 @@ template <class A> struct OfRow {
 template <class A> struct Affine {
   const A *scale, *bias, *inverse;
 };
+
+// Whether xhat and g are computed once more in the second pass, rather than stored between: where that takes little.
+template <Act act, bool M> constexpr bool kAgain = act == Act::none && !M;
 
 // xhat and g = act'·dy of a row into scratch memory, and Σ g·scale and Σ g·scale·xhat. What is passed by value stays in registers.
 template <class A, class S, class Y, Act act, bool M>
@@ -37,8 +42,10 @@ JNORM_INLINE void first_pass(const S* x, const Y* dy, const A* mask, const Affin
       z = act == Act::none ? hat : hat * weight + load(affine.bias + j);
     }
     const V<A> slope = times_slope<act, A>(z, load(dy + j), any), through = slope * weight;
-    store(xhat + j, hat);
-    store(g + j, slope);
+    if constexpr (!kAgain<act, M>) {
+      store(xhat + j, hat);
+      store(g + j, slope);
+    }
     one += through;
     two += through * hat;
   };
@@ -50,13 +57,15 @@ JNORM_INLINE void first_pass(const S* x, const Y* dy, const A* mask, const Affin
 }
 
 template <class A> struct Second {
-  const A *xhat, *g, *mask;
+  const void *x, *dy;  // or xhat and g
+  OfRow<A> of;
+  const A* mask;
   const char *next_x, *next_dy;  // of a row that comes later
   A first, second, factor;  // Σ / n, 0 for a mean that is not subtracted; rstd·power
 };
 
-// dx of T rows, and the sums for scale and bias.
-template <class A, class S, bool M, bool adds, int T>
+// dx of T rows, and the sums for scale and bias. X and Y are the types of x and dy where xhat and g are computed again.
+template <class A, class S, class X, class Y, bool M, bool adds, bool again, int T>
 JNORM_INLINE void second_pass(const Second<A>* rows, const A* scale, int64_t n, S* const* to, const S* const* dsum, A* dscale, A* dbias,
                               bool streamed, int64_t x_size, int64_t dy_size) {
   Second<A> of[T];
@@ -70,7 +79,9 @@ JNORM_INLINE void second_pass(const Second<A>* rows, const A* scale, int64_t n, 
     for (int t = 0; t < T; t++) {
       prefetch(of[t].next_x + j * x_size);
       prefetch(of[t].next_dy + j * dy_size);
-      const V<A> hat = load(of[t].xhat + j), g = load(of[t].g + j);
+      const V<A> g = load(static_cast<const Y*>(of[t].dy) + j);
+      V<A> hat = load(static_cast<const X*>(of[t].x) + j);
+      if constexpr (again) hat = ((hat * of[t].of.power - of[t].of.center) - of[t].of.offset) * of[t].of.rstd;
       V<A> through = g * weight, back = hat * of[t].second + of[t].first;
       if constexpr (M) {
         const V<A> kind = load(of[t].mask + j);
@@ -92,11 +103,16 @@ JNORM_INLINE void second_pass(const Second<A>* rows, const A* scale, int64_t n, 
   }
 }
 
-template <class A, class S, bool M, int T>
-void second_pass_of(const Second<A>* of, const A* scale, int64_t n, S* const* dx, const S* const* dsum, A* dscale, A* dbias, bool streamed,
-                    int64_t x_size, int64_t dy_size) {
-  dsum[0] ? second_pass<A, S, M, true, T>(of, scale, n, dx, dsum, dscale, dbias, streamed, x_size, dy_size)
-          : second_pass<A, S, M, false, T>(of, scale, n, dx, dsum, dscale, dbias, streamed, x_size, dy_size);
+template <class A, class S, class Y, bool M, int T>
+void second_pass_of(bool again, const Second<A>* of, const A* scale, int64_t n, S* const* dx, const S* const* dsum, A* dscale, A* dbias,
+                    bool streamed, int64_t x_size, int64_t dy_size) {
+  auto run = [&](auto adds) {
+    if constexpr (!M) {
+      if (again) return second_pass<A, S, S, Y, M, adds, true, T>(of, scale, n, dx, dsum, dscale, dbias, streamed, x_size, dy_size);
+    }
+    second_pass<A, S, A, A, M, adds, false, T>(of, scale, n, dx, dsum, dscale, dbias, streamed, x_size, dy_size);
+  };
+  dsum[0] ? run(std::true_type()) : run(std::false_type());
 }
 
 template <class A, class S, class Y, bool M>
@@ -120,16 +136,19 @@ template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(co
                          row.output ? inverse_of<A>(scale, scratch.n, scratch.at(12)) : nullptr};
   A *const block_scale = scratch.at(2), *const block_bias = scratch.at(3);
   constexpr int T = staged ? 1 : kTogether;
+  // Of short rows scale and the two sums stay in the nearest cache as well.
+  const bool several = 3 * row.R * int64_t(sizeof(A)) > kNearCacheBytes / 2;
   A *const staged_x = scratch.at(4 + 2), *const staged_dy = scratch.at(4 + 3), *const mask = scratch.at(4 + 4),
           *const staged_dsum = scratch.at(4 + 5), *const staged_dx = scratch.at(4 + 6);
   auto* const dscale = static_cast<Wide<A>*>(c.dscale);
   auto* const dbias = static_cast<Wide<A>*>(c.dbias);
+  const bool again = kAgain<Act::none, M> && row.act == Act::none && !row.output;
   const int64_t n = staged ? scratch.n : row.R, x_size = size_of(row.x.type), dy_size = size_of(c.dy.type);
   for (int64_t begin = c.first; begin < c.last; begin += kRowBlock) {
     const int64_t end = begin + kRowBlock < c.last ? begin + kRowBlock : c.last;
     for (int64_t j = 0; j < n; j++) block_scale[j] = block_bias[j] = 0;
     for (int64_t i = begin; i < end;) {
-      const int together = i + T <= end ? T : 1;
+      const int together = several && i + T <= end ? T : 1;
       Second<A> of[T];
       S* dx[T];
       const S* dsum[T];
@@ -138,6 +157,7 @@ template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(co
         OfRow<A> r{static_cast<const A*>(c.stats.power)[o], static_cast<const A*>(c.stats.center)[o],
                    static_cast<const A*>(c.stats.offset)[o], static_cast<const A*>(c.stats.rstd)[o], Wide<A>(row.R)};
         A *const xhat = scratch.at(4 + 2 * t), *const g = scratch.at(5 + 2 * t);
+        const void *x = xhat, *dy = g;
         Wide<A> sums[2] = {};
         if constexpr (staged) {
           widen(staged_x, row.x, at, row.R, scratch.n);
@@ -147,22 +167,25 @@ template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(co
           if (c.dsum) widen(staged_dsum, c.dsum, at, row.R, scratch.n);
           if constexpr (M) r.n = spread_row_mask(row, o, staged_x, mask, scratch.n);
           first_pass_of<A, A, A, M>(row.act, staged_x, staged_dy, mask, affine, n, r, xhat, g, sums);
+          if (again) x = staged_x, dy = staged_dy;
           dx[t] = staged_dx;
           dsum[t] = c.dsum ? staged_dsum : nullptr;
         } else {
-          first_pass_of<A, S, Y, false>(row.act, static_cast<const S*>(row.x.data) + at, static_cast<const Y*>(c.dy.data) + at, nullptr, affine,
-                                        n, r, xhat, g, sums);
+          const S* const own_x = static_cast<const S*>(row.x.data) + at;
+          const Y* const own_dy = static_cast<const Y*>(c.dy.data) + at;
+          first_pass_of<A, S, Y, false>(row.act, own_x, own_dy, nullptr, affine, n, r, xhat, g, sums);
+          if (again) x = own_x, dy = own_dy;
           dx[t] = static_cast<S*>(c.dx.data) + at;
           dsum[t] = c.dsum ? static_cast<const S*>(c.dsum.data) + at : nullptr;
         }
         const Wide<A> divisor = r.n > 1 ? r.n : 1;
         const int64_t after = row_number(row, least(i + together + t, c.last - 1), c.g) * row.R;
-        of[t] = {xhat, g, mask, static_cast<const char*>(row.x.at(after)), static_cast<const char*>(c.dy.at(after)), row.centered ? A(sums[0] / divisor) : A(0), A(sums[1] / divisor), r.rstd * r.power};
+        of[t] = {x, dy, r, mask, static_cast<const char*>(row.x.at(after)), static_cast<const char*>(c.dy.at(after)), row.centered ? A(sums[0] / divisor) : A(0), A(sums[1] / divisor), r.rstd * r.power};
       }
       if (together == T) {
-        second_pass_of<A, S, M, T>(of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged, x_size, dy_size);
+        second_pass_of<A, S, Y, M, T>(again, of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged, x_size, dy_size);
       } else {
-        second_pass_of<A, S, M, 1>(of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged, x_size, dy_size);
+        second_pass_of<A, S, Y, M, 1>(again, of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged, x_size, dy_size);
       }
       if constexpr (staged) narrow(c.dx, row_number(row, i, c.g) * row.R, staged_dx, row.R);
       i += together;
