@@ -23,7 +23,7 @@ constexpr int64_t kWidestTile = 4096;
 constexpr int64_t kNarrowestTile = 128;
 constexpr int64_t kWantedChunks = 16;
 
-// Results larger than the last cache are written past it.
+// What does not fit the last cache is written past it.
 inline int64_t last_cache_bytes() {
   static const int64_t bytes = [] {
 #if defined(_SC_LEVEL3_CACHE_SIZE)

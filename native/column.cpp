@@ -1,7 +1,6 @@
 // What is done with a column's statistics: y, the sums of the backward pass, dx.
 #include <type_traits>
 
-#include "act.h"
 #include "column.h"
 
 namespace jnorm {
@@ -20,29 +19,6 @@ template <class A, class S> struct Streams {
   const S* x;
   const S* residual;  // of x's type, or there is none
   const A* mask;      // 1 where an element counts
-};
-
-// One vector's worth of z, but for a residual, and xc.
-template <class A, Act act, bool M> struct Point {
-  V<A> z, xc;
-  I<A> usable, counted;
-  JNORM_INLINE Point(V<A> x, V<A> center, V<A> offset, V<A> shift, V<A> mul, V<A> add, const A* mask, Act any) {
-    if constexpr (M) {
-      counted = load(mask) != 0;
-      usable = counted | ((x - x) == 0);
-    }
-    if constexpr (act == kOutput) {
-      z = inverted<A>(x, any);
-      xc = (z - add) * center + (shift - offset);
-    } else {
-      const V<A> near = x - center;
-      V<A> inner = near - shift;
-      if constexpr (M) inner = usable ? inner : offset - shift;
-      z = inner * mul + add;
-      xc = near - offset;
-    }
-    if constexpr (M) xc = usable ? xc : V<A>{};
-  }
 };
 
 template <class A, class S, class Y, Act act, bool R, bool M>

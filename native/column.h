@@ -3,7 +3,7 @@
 // to the columns, but memory is then read at little more than half its speed.
 #pragma once
 
-#include "vec.h"
+#include "act.h"
 
 namespace jnorm {
 namespace JNORM_ISA {
@@ -55,6 +55,29 @@ template <class A> void spread_mask(const ColumnChunk& c, int64_t row, int64_t a
   }
   for (int64_t i = n; i < filled; i++) mask[i] = 0;
 }
+
+// One vector's worth of z, but for a residual, and xc.
+template <class A, Act act, bool M> struct Point {
+  V<A> z, xc;
+  I<A> usable, counted;
+  JNORM_INLINE Point(V<A> x, V<A> center, V<A> offset, V<A> shift, V<A> mul, V<A> add, const A* mask, Act any) {
+    if constexpr (M) {
+      counted = load(mask) != 0;
+      usable = counted | ((x - x) == 0);
+    }
+    if constexpr (act == kOutput) {
+      z = inverted<A>(x, any);
+      xc = (z - add) * center + (shift - offset);
+    } else {
+      const V<A> near = x - center;
+      V<A> inner = near - shift;
+      if constexpr (M) inner = usable ? inner : offset - shift;
+      z = inner * mul + add;
+      xc = near - offset;
+    }
+    if constexpr (M) xc = usable ? xc : V<A>{};
+  }
+};
 
 }  // namespace JNORM_ISA
 }  // namespace jnorm

@@ -67,5 +67,7 @@ inline int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) /
 // Bytes of scratch that a chunk needs.
 int64_t column_scratch(Type t, int64_t period);
 int64_t row_scratch(Type t, int64_t R);
+// Rows of scratch memory that the row kernels use, from 0 on.
+inline constexpr int64_t kRowScratch = 13;
 
 }  // namespace jnorm

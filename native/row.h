@@ -6,8 +6,9 @@
 namespace jnorm {
 namespace JNORM_ISA {
 
-// Rows whose derivative is taken together, so that the sums for scale and bias are loaded and stored once for all of them.
+// Long rows whose derivative is taken together, so that the sums for scale and bias are loaded and stored once for all of them.
 constexpr int kTogether = 4;
+// The nearest cache of the smaller processors.
 constexpr int64_t kNearCacheBytes = 32 << 10;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -11,6 +11,7 @@ namespace {
 template <class A> struct OfRow {
   A power, center, offset, rstd;
   Wide<A> n;
+  JNORM_INLINE V<A> deviation(V<A> x) const { return (x * power - center) - offset; }
 };
 
 // A chunk's scale and bias, and where x is y, 1 / scale.
@@ -34,7 +35,7 @@ JNORM_INLINE void first_pass(const S* x, const Y* dy, const A* mask, const Affin
       z = inverted<A>(load(x + j), any);
       hat = (z - load(affine.bias + j)) * load(affine.inverse + j);
     } else {
-      hat = (load(x + j) * of.power - of.center) - of.offset;
+      hat = of.deviation(load(x + j));
     }
     if constexpr (M) hat = load(mask + j) == Kind<A>::unusable ? V<A>{} : hat;
     if constexpr (act != kOutput) {
@@ -58,7 +59,7 @@ JNORM_INLINE void first_pass(const S* x, const Y* dy, const A* mask, const Affin
 
 template <class A> struct Second {
   const void *x, *dy;  // or xhat and g
-  OfRow<A> of;
+  OfRow<A> stats;
   const A* mask;
   const char *next_x, *next_dy;  // of a row that comes later
   A first, second, factor;  // Σ / n, 0 for a mean that is not subtracted; rstd·power
@@ -81,7 +82,7 @@ JNORM_INLINE void second_pass(const Second<A>* rows, const A* scale, int64_t n, 
       prefetch(of[t].next_dy + j * dy_size);
       const V<A> g = load(static_cast<const Y*>(of[t].dy) + j);
       V<A> hat = load(static_cast<const X*>(of[t].x) + j);
-      if constexpr (again) hat = ((hat * of[t].of.power - of[t].of.center) - of[t].of.offset) * of[t].of.rstd;
+      if constexpr (again) hat = of[t].stats.deviation(hat) * of[t].stats.rstd;
       V<A> through = g * weight, back = hat * of[t].second + of[t].first;
       if constexpr (M) {
         const V<A> kind = load(of[t].mask + j);
@@ -180,7 +181,9 @@ template <class A, class S, class Y, bool M, bool staged> void cotangent_rows(co
         }
         const Wide<A> divisor = r.n > 1 ? r.n : 1;
         const int64_t after = row_number(row, least(i + together + t, c.last - 1), c.g) * row.R;
-        of[t] = {x, dy, r, mask, static_cast<const char*>(row.x.at(after)), static_cast<const char*>(c.dy.at(after)), row.centered ? A(sums[0] / divisor) : A(0), A(sums[1] / divisor), r.rstd * r.power};
+        const char *const next_x = static_cast<const char*>(row.x.at(after)), *const next_dy = static_cast<const char*>(c.dy.at(after));
+        const A first = row.centered ? A(sums[0] / divisor) : A(0), second = A(sums[1] / divisor);
+        of[t] = {x, dy, r, mask, next_x, next_dy, first, second, r.rstd * r.power};
       }
       if (together == T) {
         second_pass_of<A, S, Y, M, T>(again, of, scale, n, dx, dsum, block_scale, block_bias, c.stream && !staged, x_size, dy_size);

@@ -43,12 +43,12 @@ template <class A, bool M, class Of> JNORM_INLINE Wide<A> total(const A* x, cons
   return sum_of<A>((s0 + s1) + (s2 + s3));
 }
 
-// Both Σ of(x) and Σ of(x)² over a row of whole vectors, which `load_at` gives.
-template <class A, class Load> JNORM_INLINE void both_totals(int64_t R, A shift, Load load_at, Wide<A>* one, Wide<A>* two) {
+// Σ (x - near) and Σ (x - near)² over a row of whole vectors, which `load_at` gives.
+template <class A, class Load> JNORM_INLINE void both_totals(int64_t R, A near, Load load_at, Wide<A>* one, Wide<A>* two) {
   constexpr int64_t N = Traits<A>::N;
   V<A> s0{}, s1{}, s2{}, s3{}, q0{}, q1{}, q2{}, q3{};
   auto add = [&](int64_t j, V<A>& s, V<A>& q) {
-    const V<A> d = load_at(j) - shift;
+    const V<A> d = load_at(j) - near;
     s += d;
     q += d * d;
   };
@@ -122,13 +122,13 @@ template <class A> struct Line {
   Statistics<A> s;
 };
 
-template <class A, bool centered, bool M> JNORM_INLINE void in_two_passes(Line<A>& line, const A* mask, int64_t R) {
-  const A first = line.first;
-  if (centered) set_mean<A>(line.s, first + line.each * total<A, M>(line.x, mask, R, [=](V<A> v) { return v - first; }));
+// In two passes: the mean from what is left of x beside `near`, and the squares around the mean.
+template <class A, bool centered, bool M> JNORM_INLINE void around(Line<A>& line, const A* mask, int64_t R, A near) {
+  if (centered) set_mean<A>(line.s, near + line.each * total<A, M>(line.x, mask, R, [=](V<A> v) { return v - near; }));
   line.s.square = mean_square<A, centered, M>(line.x, mask, R, line.each, line.s);
 }
 
-// Around a value near the mean, from which the squares are moved to the mean; where it turns out to be far, in a second pass.
+// Around a value near the mean, from which the squares are moved to the mean. Where it turns out to be far, all of it again around that.
 template <class A, bool centered, class Load> JNORM_INLINE void in_one_pass(Line<A>& line, int64_t R, Load load_at) {
   const A near = centered ? A(sum_of<A>(load_at(0)) / Traits<A>::N) : A(0);
   Wide<A> one, two;
@@ -140,7 +140,7 @@ template <class A, bool centered, class Load> JNORM_INLINE void in_one_pass(Line
   } else if (moved <= left) {
     line.s.square = A(line.each * left);
   } else {
-    line.s.square = mean_square<A, centered, false>(line.x, nullptr, R, line.each, line.s);
+    around<A, centered, false>(line, nullptr, R, line.s.center);
   }
 }
 
@@ -162,7 +162,7 @@ template <class A, bool M> class Lines {
     line.nothing = R_ == 0;
     const int64_t at = line.o * R_;
     line.x = direct_ ? static_cast<const A*>(row_.x.data) + at : buffer();
-    // Only where there is a mean to subtract: without one the two passes are the faster, by a third (measured; the reason is not known).
+    // Only where there is a mean to subtract: without one a pass that only widens is the faster, by a third (the reason is not known).
     if constexpr (sizeof(A) == 4 && centered) {
       if (whole_ && !c_.residual) {
         if (row_.x.type == Type::bf16) return widened<centered>(line, static_cast<const bf16*>(row_.x.data) + at, buffer());
@@ -174,7 +174,7 @@ template <class A, bool M> class Lines {
     line.first = R_ ? line.x[0] : 0;
     if constexpr (M) count(line);
     const A* const x = line.x;
-    whole_ ? in_one_pass<A, centered>(line, R_, [=](int64_t j) { return load(x + j); }) : in_two_passes<A, centered, M>(line, mask(), R_);
+    whole_ ? in_one_pass<A, centered>(line, R_, [=](int64_t j) { return load(x + j); }) : around<A, centered, M>(line, mask(), R_, line.first);
     return line;
   }
 
@@ -217,9 +217,7 @@ template <class A, bool centered, bool M> void rescale(Line<A>& line, A* buffer,
   for (int64_t j = 0; j < R; j++) buffer[j] = line.x[j] * power;
   line.x = buffer;
   line.s.power = power;
-  const A first = line.first * power;
-  if (centered) set_mean<A>(line.s, first + line.each * total<A, M>(buffer, mask, R, [=](V<A> v) { return v - first; }));
-  line.s.square = mean_square<A, centered, M>(buffer, mask, R, line.each, line.s);
+  around<A, centered, M>(line, mask, R, line.first * power);
 }
 
 template <class A, bool centered, bool M> void norm_rows(const Row& row, const RowChunk& c) {

@@ -6,7 +6,7 @@ namespace jnorm {
 
 int64_t row_scratch(Type t, int64_t R) {
   const int64_t n = padded(R, lanes(t)) + 3 * lanes(t), size = is_double(t) ? 8 : 4;
-  return 14 * n * size;
+  return kRowScratch * n * size;
 }
 
 namespace {

@@ -132,6 +132,23 @@ def test_column_ops(seed):
 
 
 @native
+@pytest.mark.parametrize("length", [1024, 65536])
+def test_rows_whose_first_values_are_far(length):
+    """Where the mean was looked for in the wrong place, it is taken again."""
+    x = np.random.default_rng(0).normal(size=(8, length)).astype(np.float32)
+    x[:, 1:16] = 1e8
+    with jnorm.kernels("native"):
+        y = np.asarray(jnorm.layer_norm(x))
+    wide = x.astype(np.float64)
+    want = (wide - wide.mean(1, keepdims=True)) / np.sqrt(wide.var(1, keepdims=True) + 1e-6)
+    eps = np.finfo(np.float32).eps
+    # The squares are added up in 64 sums.
+    assert abs(y - want).max() < (length / 64 + 16) * eps * abs(want).max()
+    # All other values are next to nothing beside the spread: what is wrong there is the mean.
+    assert abs((y - want)[:, 16:]).max() < (length / 64 + 16) * eps * abs(want[:, 16:]).max() + eps
+
+
+@native
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_bitwise_the_same_with_any_number_of_threads(tmp_path):
     """NPROC is what XLA's CPU client reads for the size of its pool."""

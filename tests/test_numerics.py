@@ -45,6 +45,13 @@ def outlier_in_row(rng, shape):
     return x
 
 
+def far_first(rng, shape):
+    """Nearly all of the first values, near which the mean is looked for."""
+    x = rng.normal(size=shape)
+    x[..., 1:16] = 1e6
+    return x
+
+
 def times(factor, mean=0.0):
     return lambda rng, shape: rng.normal(size=shape) * factor + mean
 
@@ -62,6 +69,7 @@ ITEMS = [  # item, what makes x, dtype, shape, norms
     ("rows at 1e4", rows(1e4), "float32", ROWS16, ["layer_norm", "layer_norm_samples", "add_layer_norm"]),
     ("outlier first", outlier, "float32", BIG, ["batch_norm", "group_norm", "instance_norm", "tracked_instance_norm"]),
     ("outlier first in a row", outlier_in_row, "float32", ROWS16, ["layer_norm", "rms_norm"]),
+    ("first values of a row far", far_first, "float32", (8, 1, 1, 1024), ["layer_norm", "rms_norm"]),
     ("1e30", times(1e30), "float32", ROWS16, ["layer_norm", "rms_norm", "layer_norm_samples", "rms_norm_mask", "add_layer_norm"]),
     ("1e16", times(1e16), "float32", BIG, ["batch_norm", "group_norm", "instance_norm"]),
     ("1e-12", times(1e-12), "float32", BIG, [*CENTERED, "rms_norm"]),

@@ -163,7 +163,7 @@ class _Row(NamedTuple):
         return usable(v, self.x, self.mask)
 
     def deviation(self) -> jax.Array:
-        """power·x minus its mean."""
+        """power·x minus its mean; of y, xhat."""
         if self.told is not None:
             return self.usable((self.told(read(self.x)) - self.bias) * reciprocal(self.scale))
         v = read(self.x) * self.stats.power

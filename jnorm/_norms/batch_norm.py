@@ -204,15 +204,16 @@ def batch_norm(
       residual: of x's shape, added before the activation.
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
-        anyway, so that this halves what a deep network keeps. For real x, y of its dtype, no residual, and no activation,
-        "leaky_relu" or a callable; the size of scale is
-        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        anyway, so that this halves what a deep network keeps. The size of scale is then at least 2⁻¹⁰, in y too. For real x, y of its
+        dtype, no residual, and no activation, "leaky_relu" or a callable.
+        See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape, and the state: the same keys, shapes and dtypes. Where nothing updates it is the object that was given.
 
     Raises:
-      ValueError: shapes, axes, names, groups or a static momentum that do not fit; no axis to reduce; `momentum=None` without a count.
+      ValueError: shapes, axes, names, groups or a static momentum that do not fit; no axis to reduce; `momentum=None` without a count;
+        `save="output"` where x cannot be told from y.
       TypeError: x is not floating or complex; complex x with a real state.
 
     Numerics:

@@ -63,15 +63,16 @@ def group_norm(
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
-        anyway, so that this halves what a deep network keeps. For y of x's dtype, and no activation, "leaky_relu"
-        or a callable; with a single position without `axis_name`; the size of scale is
-        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        anyway, so that this halves what a deep network keeps. The size of scale is then at least 2⁻¹⁰, in y too. For y of x's dtype, and
+        no activation, "leaky_relu" or a callable; where there is one position only, without `axis_name`.
+        See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where a group counts nothing, y is the activation of the bias.
 
     Raises:
-      ValueError: both or neither of `num_groups` and `group_size`; channels not divisible; shapes, axes, names or groups that do not fit.
+      ValueError: both or neither of `num_groups` and `group_size`; channels not divisible; shapes, axes, names or groups that do not fit;
+        `save="output"` where x cannot be told from y.
       TypeError: x is not floating.
 
     Numerics:

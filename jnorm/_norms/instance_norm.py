@@ -46,15 +46,16 @@ def instance_norm(
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
-        anyway, so that this halves what a deep network keeps. For y of x's dtype, and no activation, "leaky_relu"
-        or a callable; the size of scale is
-        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        anyway, so that this halves what a deep network keeps. The size of scale is then at least 2⁻¹⁰, in y too. For y of x's dtype, and
+        no activation, "leaky_relu" or a callable.
+        See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where nothing is counted, y is the activation of the bias.
 
     Raises:
-      ValueError: no axis to reduce (x of two axes); shapes, axes, names or groups that do not fit.
+      ValueError: no axis to reduce (x of two axes); shapes, axes, names or groups that do not fit; `save="output"` where x cannot be told
+        from y.
       TypeError: x is not floating.
 
     Numerics:

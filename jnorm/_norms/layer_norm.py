@@ -42,14 +42,15 @@ def layer_norm(
       axis_index_groups: groups of equal size within that axis.
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
-        anyway, so that this halves what a deep network keeps. For y of x's dtype, without `axis_name`; the size of scale is
-        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        anyway, so that this halves what a deep network keeps. The size of scale is then at least 2⁻¹⁰, in y too. For y of x's dtype,
+        without `axis_name`.
+        See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where nothing is counted, y is the bias.
 
     Raises:
-      ValueError: shapes, axes, names or groups that do not fit.
+      ValueError: shapes, axes, names or groups that do not fit; `save="output"` where x cannot be told from y.
       TypeError: x is not floating.
 
     Numerics:
@@ -100,14 +101,15 @@ def rms_norm(
       axis_index_groups: groups of equal size within that axis.
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
-        anyway, so that this halves what a deep network keeps. For y of x's dtype, without `axis_name`; the size of scale is
-        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        anyway, so that this halves what a deep network keeps. The size of scale is then at least 2⁻¹⁰, in y too. For y of x's dtype,
+        without `axis_name`.
+        See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape. Where nothing is counted, y is 0.
 
     Raises:
-      ValueError: shapes, axes, names or groups that do not fit.
+      ValueError: shapes, axes, names or groups that do not fit; `save="output"` where x cannot be told from y.
       TypeError: x is not floating.
 
     Numerics:

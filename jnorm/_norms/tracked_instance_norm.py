@@ -60,9 +60,9 @@ def tracked_instance_norm(
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
       dtype: y's dtype; x's where None.
       save: "input", or "output": y instead of x is kept for the backward pass, and x told from it. What follows a norm mostly keeps y
-        anyway, so that this halves what a deep network keeps. For y of x's dtype, and no activation, "leaky_relu"
-        or a callable; the size of scale is
-        taken to be at least 2⁻¹⁰, in y too. See the guide on kernels for what it costs in accuracy.
+        anyway, so that this halves what a deep network keeps. The size of scale is then at least 2⁻¹⁰, in y too. For y of x's dtype, and
+        no activation, "leaky_relu" or a callable.
+        See the guide on kernels for what it costs in accuracy.
 
     Returns:
       y of x's shape, and the state: the same keys, shapes and dtypes. Where nothing updates it is the object that was given.

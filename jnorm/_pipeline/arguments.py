@@ -64,7 +64,7 @@ def check_save(save: Save, x: jax.Array, dtype: Any, activation: Activation | No
     return True
 
 
-# A scale below it is taken for it where x is told from the output: in float32, xhat then has 13 bits or more.
+# A scale below it is taken for it where x is told from the output: in float32, with a bias of up to 1, xhat then has 13 bits or more.
 SMALLEST_SCALE = 2.0**-10
 
 

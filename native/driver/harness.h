@@ -168,7 +168,8 @@ struct Shape {
   int64_t size() const { return O * R * C; }
   int64_t columns() const { return O * C; }
 };
-enum class Style { plain, far, uncounted_infinite, infinite };
+// far_first: what a mean is first looked for near is no such place.
+enum class Style { plain, far, far_first, uncounted_infinite, infinite };
 
 template <class T> T one_of(Random& random, std::initializer_list<T> of) { return of.begin()[random() % of.size()]; }
 
@@ -210,13 +211,15 @@ struct Case {
       : shape(s), type(t), other(t == Type::f64 || random() % 2 ? t : one_of(random, {Type::f32, Type::bf16, Type::f16})),
         arithmetic(t == Type::f64 ? Type::f64 : Type::f32), act(static_cast<Act>(random() % 5)), mask(random, s, along_c),
         u(unit(arithmetic)) {
-    style = one_of(random, {Style::plain, Style::far, Style::uncounted_infinite, any_infinite ? Style::infinite : Style::plain});
+    const Style last = any_infinite ? Style::infinite : Style::plain;
+    style = one_of(random, {Style::plain, Style::far, Style::far_first, Style::uncounted_infinite, last});
     const Real far = type == Type::f32 || type == Type::f64 ? 1e4L : 10;
     x = normal(random, s.size(), type, style == Style::far ? far : 0.5L);
     residual = random() % 2 ? normal(random, s.size(), other) : Reals();
     dy = normal(random, s.size(), other);
     const Real infinity = std::numeric_limits<Real>::infinity(), wild[] = {infinity, -infinity, std::numeric_limits<Real>::quiet_NaN()};
     each([&](int64_t o, int64_t r, int64_t c, int64_t i) {
+      if (style == Style::far_first && r < 16) x[i] = rounded(type, 1000 + x[i]);
       if (style == Style::uncounted_infinite && !mask.counts(o, r, c) && random() % 2) x[i] = wild[random() % 3];
     });
     if (style == Style::infinite && !x.empty()) x[random() % x.size()] = wild[random() % 3];
