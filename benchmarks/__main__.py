@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
-from .options import allocators, parser, request_of
+from .options import FILES, allocators, parser, request_of
 
 
 def child(args: argparse.Namespace) -> None:
@@ -38,9 +38,15 @@ def runs(args: argparse.Namespace) -> dict[str, Any]:
             done = subprocess.run(command, env=environment(allocator))
             if done.returncode:
                 sys.exit(f"the run with the {allocator} allocator ended with {done.returncode}" + (f"; see {path}" if args.json else ""))
-            found[allocator] = json.loads(path.read_text())
+            found[allocator] = json.loads(path.read_text()) | {"command": command_of(sys.argv[1:], allocator)}
             path.unlink()
     return found
+
+
+def command_of(arguments: list[str], allocator: str) -> str:
+    """What repeats a run, without the files it was written to."""
+    kept = [a for i, a in enumerate(arguments) if a not in FILES and (i == 0 or arguments[i - 1] not in (*FILES, "--allocator"))]
+    return " ".join(["--allocator", allocator, *(a for a in kept if a != "--allocator")])
 
 
 def environment(allocator: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .cases import DTYPES, NORMS, OPS
 
+FILES = ("--json", "--markdown", "--png", "--page")
 PARTS = ("cases", "networks", "stacks", "collectives")
 QUICK_PEERS = ["jnorm", "flax", "haiku", "equinox", "keras", "torch eager"]
 

@@ -26,6 +26,7 @@ def facts(found: dict[str, Any]) -> list[str]:
             measured = ", ".join(f"{v['best'] / 1e9:.1f} GB/s {when}" for when, v in one["memory_bandwidth"].items())
             dropped = sum(r["rounds_dropped"] for r in one["rows"])
             lines.append(f"Copy bandwidth of memory ({allocator}): {measured}; {dropped} rounds dropped for steal")
+    lines += [f"`python -m benchmarks {one['command']}` ({allocator})" for allocator, one in found.items() if "command" in one]
     if run["missing"]:
         lines.append(f"Missing, so not compared: {', '.join(run['missing'])}")
     out = {f"{n}: {p['left_out']}" for r in run["rows"] for n, p in r["peers"].items() if "left_out" in p}

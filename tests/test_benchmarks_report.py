@@ -247,3 +247,8 @@ def test_bad_command_lines(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parsed(*arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_command_of_a_run():
+    arguments = ["--suite", "figures", "--json", "run.json", "--allocator", "both", "--page", "docs/benchmarks.md", "--one-way"]
+    assert command.command_of(arguments, "default") == "--allocator default --suite figures --one-way"
