@@ -198,20 +198,9 @@ train_digits() {
   test -s "$out/digits.png"
 }
 
-# train_digits_norm API MODEL NORM DEVICES: a short run, or the refusal where the norm has no axis to reduce in that model.
-train_digits_norm() {
-  local arguments=(--quick --no-baseline --api "$1" --model "$2" --norm "$3" --devices "$4")
-  case "$2 $3" in
-    "mlp instance_norm" | "mlp tracked_instance_norm")
-      if digits --plot "$out/refused.png" "${arguments[@]}" 2>"$out/refused.txt"; then
-        echo "train_digits.py accepted a norm that has no axis to reduce" >&2
-        return 1
-      fi
-      cat "$out/refused.txt"
-      grep -q -- "error: --norm $3 reduces" "$out/refused.txt"
-      ;;
-    *) train_digits "${arguments[@]}" ;;
-  esac
+# digits_norms_run: short runs of API MODEL NORM DEVICES on each line of stdin, in one process.
+digits_norms_run() {
+  show_and_run "$tools/python" .ci/digits_norms.py
 }
 
 digits_apis() {
