@@ -35,7 +35,7 @@ class Settings:
     batch_size: int = 32  # of a mini-batch
     num_mini_batches: int = 1  # whose gradients make an update
     momentum: float = 0.9  # of running averages
-    activation: str | None = "relu"
+    activation: str | Callable[[jax.Array], jax.Array] | None = "relu"
 
 
 class Method(NamedTuple):
@@ -56,10 +56,6 @@ def _with_state(make_state: Callable[[jax.Array], Any]) -> Any:
     return lambda settings, kernel, inputs, linear_op: (_affine(kernel), make_state(kernel))
 
 
-def _activation(name: str | None, x: jax.Array) -> jax.Array:
-    return x if name is None else getattr(jax.nn, name)(x)
-
-
 def _no_norm_init(settings: Settings, kernel: jax.Array, inputs: jax.Array, linear_op: LinearOp) -> tuple[Params, State]:
     return {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}, {}
 
@@ -67,7 +63,10 @@ def _no_norm_init(settings: Settings, kernel: jax.Array, inputs: jax.Array, line
 def _no_norm(
     settings: Settings, params: Params, state: State, inputs: jax.Array, linear_op: LinearOp, phase: Phase | None
 ) -> tuple[jax.Array, State]:
-    return _activation(settings.activation, linear_op(inputs, params["kernel"]) + params["bias"]), state
+    x = linear_op(inputs, params["kernel"]) + params["bias"]
+    if isinstance(settings.activation, str):
+        return getattr(jax.nn, settings.activation)(x), state
+    return x if settings.activation is None else settings.activation(x), state
 
 
 def _of_samples(norm: Callable[..., jax.Array]) -> Any:

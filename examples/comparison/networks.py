@@ -67,14 +67,16 @@ def cnn(method: Method, settings: Settings, widths: tuple[int, ...] = (16, 32, 3
     return Network(init, apply)
 
 
-def mlp(method: Method, settings: Settings, widths: tuple[int, ...] = (100, 100, 100)) -> Network:
+def mlp(
+    method: Method, settings: Settings, widths: tuple[int, ...] = (100, 100, 100), initializer: jax.nn.initializers.Initializer = he_normal
+) -> Network:
     """Dense layers, each with its norm and activation, and one more. A feature has as many values as the batch has images."""
 
     def init(key: jax.Array, images: jax.Array) -> tuple[Any, Any]:
         *keys, head_key = jax.random.split(key, len(widths) + 1)
         x, params, state = images.reshape(len(images), -1), [], []
         for layer_key, width in zip(keys, widths, strict=True):
-            kernel = he_normal(layer_key, (x.shape[-1], width))
+            kernel = initializer(layer_key, (x.shape[-1], width))
             layer, layer_state = method.init(settings, kernel, x, jnp.matmul)
             x, _ = method.apply(settings, layer, layer_state, x, jnp.matmul, Phase(jnp.float32(0), key))
             params.append(layer)

@@ -29,6 +29,7 @@ class Plan:
     orders: Orders
     num_mini_batches: int = 1  # whose gradients make an update
     probes: int = 1  # how often the runs are measured, the last time at the end
+    at_start: bool = False  # measure once more, before the first update
     decay: bool = True  # the learning rate, linearly to 0
 
 
@@ -119,7 +120,10 @@ def trainer(network: Network, task: Task, plan: Plan, probe: Probe) -> Train:
 
         steps = jnp.arange(updates, dtype=jnp.float32), order
         cut = jax.tree.map(lambda a: a[: updates // plan.probes * plan.probes].reshape(plan.probes, -1, *a.shape[1:]), steps)
+        first = probe(params, state) if plan.at_start else None
         (params, state, _), (values, probed) = lax.scan(stretch, (params, state, optimizer.init(params)), cut)
+        if first is not None:
+            probed = jax.tree.map(lambda one, rest: jnp.concatenate([one[None], rest]), first, probed)
         return params, state, values.reshape(-1), probed
 
     compiled = jax.jit(jax.vmap(train))
