@@ -151,6 +151,19 @@ def test_jit_scan_and_complex(rng):
     np.testing.assert_allclose(new["var"], (abs(wide - wide.mean(0)) ** 2).mean(0), rtol=1e-5)
 
 
+def test_inside_a_transformation(rng):
+    """All of it in one compiled program, for two networks at once."""
+    x = rng.normal(size=(2, 4, 6, FEATURES)).astype(np.float32)
+
+    def statistics(x):
+        start = tools.population_state(jnorm.batch_norm_state(FEATURES))
+        return tools.population_statistics(jax.lax.scan(lambda s, x: (step(s, x), None), start, x)[0])
+
+    new = jax.jit(jax.vmap(statistics))(x)
+    for i in range(2):
+        check({k: v[i] for k, v in new.items()}, truth(list(x[i]), "pooled"), list(x[i]))
+
+
 # --- modules ----------------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from .. import nnx as jnx
 from .._pipeline.population import BATCHES, KEYS, VALUES, collects, merged
@@ -180,7 +181,7 @@ def population_statistics(population: State) -> State:
       The tree as it was before :func:`population_state`, with the new averages, in at least float32.
 
     Raises:
-      ValueError: nothing was collected.
+      ValueError: nothing was collected (under `jit` or `vmap`, where that is not known, a state keeps what it had).
 
     Example:
       >>> import jax.numpy as jnp, jnorm, jnorm.tools
@@ -229,6 +230,8 @@ def _check_number(number: int) -> None:
 
 
 def _check_collected(counts: list[Any]) -> None:
+    if any(isinstance(count, Tracer) for count in counts):
+        return  # under a transformation nobody knows yet
     if not any(bool((jnp.asarray(count) > 0).any()) for count in counts):
         raise ValueError(
             "nothing was collected: the step must run the model in training mode (use_running_average=False) and return the new state."
