@@ -73,6 +73,8 @@ def _positive_integer(text: str) -> int:
 def compare(args: argparse.Namespace) -> dict[int, Records]:
     """Trains what is not there yet, prints the tables, and writes them and the figures."""
     start = time.perf_counter()
+    # Half the time to compile, and these small programs run no slower. Read as JAX starts, in each of the processes.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
     setup = dataclasses.replace(QUICK if args.quick else FULL, data_dir=args.data_dir and str(Path(args.data_dir).resolve()))
     given = {name: value for name in ("epochs", "seeds") if (value := getattr(args, name))}
     setup = dataclasses.replace(setup, **given)

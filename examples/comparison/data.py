@@ -76,6 +76,7 @@ def few_classes(labels: np.ndarray, seed: int, epochs: int, batch_size: int, cla
 
     def batch() -> np.ndarray:
         drawn = rng.choice(NUM_CLASSES, classes, replace=False)
-        return np.concatenate([rng.choice(members[label], batch_size // classes, replace=False) for label in drawn])
+        each = batch_size // classes
+        return np.concatenate([rng.choice(members[label], each, replace=len(members[label]) < each) for label in drawn])
 
     return np.stack([batch() for _ in range(epochs * (len(labels) // batch_size))])

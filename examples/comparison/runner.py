@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -62,10 +63,13 @@ def _executed(part: Part, setup: Setup, jobs: list[Job], workers: int) -> Iterat
         return
     # Most of a job is compilation, which uses one core; so processes, not threads, and new ones, since JAX's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (setup,)) as pool:
-        futures = {pool.submit(_execute, part.run, setup, job): job for job in jobs}
+        futures = {pool.submit(_execute_or_describe, part.run, setup, job): job for job in jobs}
         try:
             for future in as_completed(futures):
-                yield futures[future], *future.result()
+                outcome = future.result()
+                if isinstance(outcome, str):
+                    raise RuntimeError(f"job {futures[future].name} failed:\n{outcome}")
+                yield futures[future], *outcome
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, or when interrupted
 
@@ -80,3 +84,11 @@ def _start(setup: Setup) -> None:
 def _execute(run: Callable[[Setup, Task, dict[str, Any]], Record], setup: Setup, job: Job) -> tuple[Record, float]:
     start = time.perf_counter()
     return run(setup, _task[setup], job.options), time.perf_counter() - start
+
+
+def _execute_or_describe(run: Callable[[Setup, Task, dict[str, Any]], Record], setup: Setup, job: Job) -> tuple[Record, float] | str:
+    """Of an error its text: some of JAX's cannot be sent to another process."""
+    try:
+        return _execute(run, setup, job)
+    except Exception:
+        return traceback.format_exc()
