@@ -54,10 +54,10 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def errors(network: Network, task: Task) -> Probe:
-    """The probe that all comparisons are made with."""
+def errors(network: Network, task: Task, names: Sequence[str] = Task._fields) -> Probe:
+    """The probe that all comparisons are made with: error and loss on these parts of the images."""
 
-    parts = {"train": task.train, "validation": task.validation, "test": task.test}
+    parts = {name: getattr(task, name) for name in names}
     images, labels = (jnp.concatenate([jnp.asarray(part[i]) for part in parts.values()]) for i in range(2))
 
     def probe(params: Any, state: Any) -> dict[str, jax.Array]:
