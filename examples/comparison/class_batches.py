@@ -10,13 +10,12 @@ from jax import lax
 from matplotlib.figure import Figure
 
 import jnorm
-import jnorm.tools
 from comparison.data import Images, Task, few_classes, shuffled
 from comparison.methods import METHODS, LinearOp, Method, Params, Phase, Settings, State
 from comparison.networks import Network, cnn
 from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
-from comparison.style import figure, look
-from comparison.training import Plan, Runs, errors, running_momentum, trainer, tuned_runs
+from comparison.style import figure, look, plain_ticks
+from comparison.training import Plan, Runs, errors, reestimated, running_momentum, trainer, tuned_runs
 
 BATCH_SIZE = 32
 ORDERS = {"shuffled": shuffled, "classes": few_classes}
@@ -61,9 +60,12 @@ def _other_evaluations(settings: Settings, network: Network, task: Task, runs: R
     eval_norm = cnn(EVAL_NORM, settings)
 
     def evaluate(params: Any, state: Any) -> dict[str, jax.Array]:
+        def step(state: Any, batch: jax.Array) -> Any:
+            return network.apply(params, state, images[batch], Phase(jnp.float32(1), jax.random.key(0)))[1]
+
         found = {}
         for name in ORDERS:
-            population = reestimated(network, params, state, images, batches[name])
+            population = reestimated(step, state, batches[name])
             found[f"reestimated_{name}"] = _error(network, params, population, task.test)
             found[f"own_{name}"] = _own_error(network, params, state, task.test, test_batches[name])
         rule = [{"running": layer, "weights": (jnp.float32(1 / BATCH_SIZE),) * 2} for layer in state]
@@ -73,16 +75,6 @@ def _other_evaluations(settings: Settings, network: Network, task: Task, runs: R
         return found
 
     return jax.tree.map(lambda a: np.asarray(a).tolist(), jax.jit(jax.vmap(evaluate))(runs.params, runs.state))
-
-
-def reestimated(network: Network, params: Any, state: Any, images: jax.Array, batches: jax.Array) -> Any:
-    """The state with the statistics of these batches, which the network normalizes as in training."""
-    phase = Phase(jnp.float32(1), jax.random.key(0))
-
-    def step(population: Any, batch: jax.Array) -> tuple[Any, None]:
-        return network.apply(params, population, images[batch], phase)[1], None
-
-    return jnorm.tools.population_statistics(lax.scan(step, jnorm.tools.population_state(state), batches)[0])
 
 
 def _error(network: Network, params: Any, state: Any, part: Images) -> jax.Array:
@@ -152,8 +144,9 @@ def draw(records: Records) -> Figure:
                     axes[0].errorbar(mean, k + offset, xerr=half, label=BATCHES[order] if (k == 0) else None, **shown)
         axes[0].set_yticks(range(len(rows)), [label for _, label, _ in reversed(rows)])
         axes[0].set_xscale("log")
+        plain_ticks(axes[0].xaxis)
         axes[0].set_xlabel("test error in %, mean and 95 % interval")
-        axes[0].legend(title="trained on")
+        axes[0].legend(title="trained on", loc="lower right")
 
     return figure(1, panel, height=4.6, width=8.5)
 

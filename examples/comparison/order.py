@@ -7,17 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from matplotlib.figure import Figure
 
 import jnorm
-import jnorm.tools
 from comparison.data import Task, shuffled
 from comparison.methods import Phase
 from comparison.networks import Network, convolve, he_normal, head, init_head, pool
 from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
 from comparison.style import figure
-from comparison.training import Plan, Probe, errors, running_momentum, trainer, tuned_runs
+from comparison.training import Plan, Probe, errors, reestimated, running_momentum, trainer, tuned_runs
 
 BATCH_SIZE = 32
 WIDTHS = (16, 32, 32)
@@ -93,12 +91,8 @@ def _probe(network: Network, layers: Layers, without_dropout: Layers, task: Task
     training = Phase(jnp.float32(1), jax.random.key(0))
 
     def probe(params: Any, state: Any) -> dict[str, jax.Array]:
-        def add(population: Any, batch: jax.Array) -> tuple[Any, None]:
-            return without_dropout(params["layers"], population, batch, training)[1], None
-
-        population, _ = lax.scan(add, jnorm.tools.population_state(state), batches)
-        reestimated = jnorm.tools.population_statistics(population)
-        both = jax.tree.map(lambda *states: jnp.stack(states), state, reestimated)
+        anew = reestimated(lambda state, batch: without_dropout(params["layers"], state, batch, training)[1], state, batches)
+        both = jax.tree.map(lambda *states: jnp.stack(states), state, anew)
         found = jax.vmap(base, (None, 0))(params, both)  # of both in one: the network is compiled once
         _, _, variances = layers(params["layers"], state, images, None)
         # A relu before the norm may leave a channel with nothing but zeros, of which there is no ratio.

@@ -9,7 +9,7 @@ from comparison.data import Task, shuffled
 from comparison.methods import METHODS, Settings
 from comparison.networks import cnn, mlp
 from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
-from comparison.style import figure, plot_interval
+from comparison.style import figure, plain_ticks, plot_interval
 from comparison.training import Plan, errors, running_momentum, trainer, tuned_runs
 
 BATCH_SIZES = (32, 16, 8, 4, 2)
@@ -83,6 +83,7 @@ def draw(records: Records) -> Figure:
                     plot_interval(panel, x, [[100 * e for e in record["test_error"]] for _, record in found], method)
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
+            plain_ticks(panel.yaxis)
             panel.invert_xaxis()
             panel.set_xticks(BATCH_SIZES, [str(size) for size in BATCH_SIZES])
             panel.set_xlabel("images in a batch")

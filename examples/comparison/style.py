@@ -9,7 +9,9 @@ import numpy as np
 matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.axis import Axis  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 from comparison.methods import METHODS  # noqa: E402
 from comparison.part import mean_and_interval  # noqa: E402
@@ -31,6 +33,13 @@ def figure(columns: int, draw: Callable[[Sequence[Axes], Figure], None], height:
         made, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
         draw(list(axes.flat), made)
         return made
+
+
+def plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10 on an axis that is logarithmic already, in place of powers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def plot_interval(axes: Axes, x: Any, values: Any, method: str, **options: Any) -> None:

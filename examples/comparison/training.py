@@ -13,6 +13,7 @@ from jax import lax
 from comparison.data import Task
 from comparison.methods import Phase
 from comparison.networks import Network
+from jnorm.tools import population_state, population_statistics
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)  # the grid, which is extended where the best is at an end of it
 MOMENTUM = 0.9  # of the optimizer
@@ -167,3 +168,9 @@ def tuned_runs(train: Train, seeds: int, grid: Sequence[float] = LEARNING_RATES)
     runs = train([rate] * seeds, range(seeds))
     record = {"learning_rate": rate, "validation_errors_in_tuning": tried, "test_error": runs.last("test_error").tolist()}
     return runs, record
+
+
+def reestimated(step: Callable[[Any, jax.Array], Any], state: Any, batches: jax.Array) -> Any:
+    """The state with the statistics of these batches; `step(state, batch) -> state` runs the network as in training."""
+    population, _ = lax.scan(lambda population, batch: (step(population, batch), None), population_state(state), batches)
+    return population_statistics(population)
