@@ -15,7 +15,7 @@ from comparison.data import Task, shuffled
 from comparison.methods import GROUPS, METHODS, LinearOp, Method, Params, Phase, Settings, State
 from comparison.networks import Network, he_normal, head, init_head
 from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
-from comparison.style import figure, look
+from comparison.style import figure, look, plain_ticks
 from comparison.training import Plan, errors, running_momentum, trainer, tuned_runs
 from jnorm import reparam
 
@@ -117,16 +117,19 @@ def _by_depth(records: Records, variant: str) -> list[tuple[int, Record]]:
     return [(depth, record) for depth in DEPTHS if (record := records.get(f"{variant}-{depth}"))]
 
 
-def _loss(values: Any) -> str:
+def _thousandths(values: Any) -> str:
+    diverged = int(np.isnan(values).sum())
+    if diverged:
+        return f"{diverged} of {len(values)} diverged"
     mean, half = mean_and_interval(values)
-    return f"{mean:.2g} ± {half:.1g}"
+    return f"{1000 * mean:.0f} ± {1000 * half:.0f}"
 
 
 def grids(records: Records) -> list[Grid]:
     made, present = [], [depth for depth in DEPTHS if any(f"{variant}-{depth}" in records for variant in VARIANTS)]
     for name, title, show in (
         ("test_error", f"test error in %, by the number of layers of {WIDTH}", percent),
-        ("train_loss", "loss on the training images, in evaluation", _loss),
+        ("train_loss", "loss on the training images, in evaluation, times 1000", _thousandths),
         ("learning_rate", "the learning rate that was chosen", lambda rate: f"{rate:.2g}"),
     ):
         rows = []
@@ -138,23 +141,29 @@ def grids(records: Records) -> list[Grid]:
     return made
 
 
+def _quartiles(values: np.ndarray) -> np.ndarray:
+    """Where some seeds train and others do not, a mean is like none of them. A run that diverged is worse than all others."""
+    return np.quantile(np.nan_to_num(values, nan=np.inf, posinf=np.inf), (0.25, 0.5, 0.75), method="nearest")
+
+
 def draw(records: Records) -> Figure:
     def panels(axes: Any, made: Figure) -> None:
         for panel, name, unit in zip(axes, ("test_error", "train_loss"), (100, 1), strict=True):
             for k, (variant, shown) in enumerate(VARIANTS.items()):
-                found = _by_depth(records, variant)
-                if found:
-                    # The median and the quartiles: where some seeds train and others do not, a mean is like none of them. Side by side.
-                    values = unit * np.array([record[name] for _, record in found])
-                    low, middle, high = np.percentile(values, (25, 50, 75), axis=1)
-                    x = [depth * 1.015 ** (k - len(VARIANTS) / 2) for depth, _ in found]
+                points = [(depth, *_quartiles(unit * np.array(record[name]))) for depth, record in _by_depth(records, variant)]
+                points = np.array([point for point in points if np.isfinite(point).all()])
+                if len(points):
+                    depth, low, middle, high = points.T
+                    x = depth * 1.015 ** (k - len(VARIANTS) / 2)  # side by side
                     panel.errorbar(x, middle, (middle - low, high - middle), capsize=2, label=shown.label, **look(shown.look))
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
+            plain_ticks(panel.yaxis)
             panel.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
             panel.set_xlabel("layers")
         axes[0].set_ylabel("test error in %, median and quartiles")
-        axes[1].set_ylabel("training loss in nats, median and quartiles")
+        axes[1].set_ylabel("training loss, median and quartiles")
+        axes[1].set_title("runs that diverged have no training loss", fontsize=10)
         axes[0].legend(fontsize=8)
 
     return figure(2, panels, height=4.8, width=5.6)

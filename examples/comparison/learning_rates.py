@@ -13,7 +13,7 @@ from comparison.data import Task, shuffled
 from comparison.methods import METHODS, Settings
 from comparison.networks import cnn
 from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
-from comparison.style import figure, plot_interval
+from comparison.style import figure, plain_ticks, plot_interval
 from comparison.training import TUNING_SEEDS, Plan, errors, running_momentum, trainer
 
 COMPARED = ("none", "batch_norm", "layer_norm", "group_norm")
@@ -157,8 +157,10 @@ def draw(records: Records) -> Figure:
         for panel in axes:
             panel.set_xscale("log")
             panel.set_yscale("log")
+            plain_ticks(panel.yaxis)
             panel.set_xlabel("learning rate (constant)")
         axes[0].set_ylabel("test error at the end in %, mean and 95 % interval")
+        axes[1].set_xlim(axes[0].get_xlim())
         axes[1].set_ylabel("updates, mean and 95 % interval")
         axes[1].set_title(f"updates until {accuracy} % of the validation images are right\n(shown where all seeds got there)", fontsize=10)
         axes[0].legend(fontsize=8)
