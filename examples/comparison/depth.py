@@ -1,4 +1,4 @@
-"""Part 6: plain networks of many layers: with norms, with norms of the weights, and with an initialization alone."""
+"""Part 6: plain convolutional networks of many layers: with norms, with norms of the weights, and with an initialization alone."""
 
 import math
 from functools import partial
@@ -13,15 +13,16 @@ from matplotlib.figure import Figure
 import jnorm
 from comparison.data import Task, shuffled
 from comparison.methods import GROUPS, METHODS, LinearOp, Method, Params, Phase, Settings, State
-from comparison.networks import Network, he_normal, head, init_head
-from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
+from comparison.networks import Network, convolve, he_normal, head, init_head, pool
+from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent, thousandths
 from comparison.style import figure, look, plain_ticks
-from comparison.training import Plan, errors, running_momentum, trainer, tuned_runs
+from comparison.training import Plan, cross_entropy, errors, running_momentum, trainer, tuned_runs
 from jnorm import reparam
 
 DEPTHS = (2, 4, 8, 16, 32)
-SIDE = 8  # of the images, smaller ones of MNIST's: the layers have as many outputs as inputs, and are all alike
-WIDTH = SIDE * SIDE
+SIDE = 8  # of the images, smaller ones of MNIST's; after the first layer they are pooled to half of it
+WIDTH = 8  # channels
+GRADIENT_IMAGES = 128
 BATCH_SIZE = 32
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))  # gives the relu of standard normal numbers the variance 1
 
@@ -67,29 +68,34 @@ VARIANTS = {
 }
 
 
+# With borders of zeros, a third of what a layer sees of 4x4 pixels would be none of its inputs, and its outputs would be the smaller.
+_wrapped = partial(convolve, borders="wrap")
+
+
 def plain(variant: Variant, settings: Settings, depth: int) -> Network:
-    """`depth` dense layers of the same width, each with its norm and activation, and one more that classifies."""
+    """`depth` 3x3 convolutions of the same width, each with its norm and activation, with a pooling after the first, and a dense layer."""
     method = variant.method
 
+    def init_layer(key: jax.Array, channels: int) -> tuple[Params, State]:
+        # No method here is initialized from its inputs.
+        return method.init(settings, variant.initializer(key, (3, 3, channels, WIDTH)), jnp.zeros((1, SIDE, SIDE, channels)), _wrapped)
+
     def init(key: jax.Array, images: jax.Array) -> tuple[Any, Any]:
-        key, head_key = jax.random.split(key)
-
-        def layer(key: jax.Array) -> tuple[Params, State]:
-            # No method here is initialized from its inputs.
-            return method.init(settings, variant.initializer(key, (WIDTH, WIDTH)), jnp.zeros((len(images), WIDTH)), jnp.matmul)
-
-        layers, state = jax.vmap(layer)(jax.random.split(key, depth))
-        return {"layers": layers, "head": init_head(head_key, WIDTH)}, state
+        first_key, key, head_key = jax.random.split(key, 3)
+        first, first_state = init_layer(first_key, 1)
+        layers, state = jax.vmap(partial(init_layer, channels=WIDTH))(jax.random.split(key, depth - 1))
+        return {"first": first, "layers": layers, "head": init_head(head_key, (SIDE // 2) ** 2 * WIDTH)}, (first_state, state)
 
     def apply(params: Any, state: Any, x: jax.Array, phase: Phase | None) -> tuple[jax.Array, Any]:
         if x.shape[1:3] != (SIDE, SIDE):
             x = jax.image.resize(x, (len(x), SIDE, SIDE, 1), "linear")
 
         def layer(x: jax.Array, now: tuple[Params, State]) -> tuple[jax.Array, State]:
-            return method.apply(settings, *now, x, jnp.matmul, phase)
+            return method.apply(settings, *now, x, _wrapped, phase)
 
-        x, state = lax.scan(layer, x.reshape(len(x), WIDTH), (params["layers"], state))  # compiled once, however many they are
-        return head(params["head"], x), state
+        x, first_state = layer(x, (params["first"], state[0]))
+        x, rest = lax.scan(layer, pool(x), (params["layers"], state[1]))  # compiled once, however many they are
+        return head(params["head"], x), (first_state, rest)
 
     return Network(init, apply)
 
@@ -110,26 +116,34 @@ def run(setup: Setup, task: Task, options: dict[str, Any]) -> Record:
     network = plain(VARIANTS[options["variant"]], Settings(BATCH_SIZE, momentum=running_momentum(BATCH_SIZE)), options["depth"])
     plan = Plan(partial(shuffled, epochs=-(-setup.epochs // 2), batch_size=BATCH_SIZE))  # half of the epochs show what there is to show
     runs, record = tuned_runs(trainer(network, task, plan, errors(network, task)), setup.seeds, setup.learning_rates)
+    if options["depth"] == DEPTHS[-1]:
+        record["first_gradient"] = _first_gradient(network, task, setup.seeds)
     return record | {name: runs.last(name).tolist() for name in ("train_error", "train_loss")}
+
+
+def _first_gradient(network: Network, task: Task, seeds: int) -> list[float]:
+    """The norm of the loss's gradient for the first layer's kernel, before any update, by seed."""
+    images, labels = (jnp.asarray(a[:GRADIENT_IMAGES]) for a in task.train)
+
+    def norm(key: jax.Array) -> jax.Array:
+        params, state = network.init(key, images)
+        phase = Phase(jnp.float32(0), key)
+        grads = jax.grad(lambda params: cross_entropy(network.apply(params, state, images, phase)[0], labels))(params)
+        return jnp.linalg.norm(grads["first"]["kernel"])
+
+    return np.asarray(jax.jit(jax.vmap(norm))(jax.random.split(jax.random.key(0), seeds))).tolist()
 
 
 def _by_depth(records: Records, variant: str) -> list[tuple[int, Record]]:
     return [(depth, record) for depth in DEPTHS if (record := records.get(f"{variant}-{depth}"))]
 
 
-def _thousandths(values: Any) -> str:
-    diverged = int(np.isnan(values).sum())
-    if diverged:
-        return f"{diverged} of {len(values)} diverged"
-    mean, half = mean_and_interval(values)
-    return f"{1000 * mean:.0f} ± {1000 * half:.0f}"
-
-
 def grids(records: Records) -> list[Grid]:
-    made, present = [], [depth for depth in DEPTHS if any(f"{variant}-{depth}" in records for variant in VARIANTS)]
+    made: list[Grid] = []
+    present = [depth for depth in DEPTHS if any(f"{variant}-{depth}" in records for variant in VARIANTS)]
     for name, title, show in (
-        ("test_error", f"test error in %, by the number of layers of {WIDTH}", percent),
-        ("train_loss", "loss on the training images, in evaluation, times 1000", _thousandths),
+        ("test_error", "test error in %, by the number of layers", percent),
+        ("train_loss", "loss on the training images, in evaluation, times 1000", thousandths),
         ("learning_rate", "the learning rate that was chosen", lambda rate: f"{rate:.2g}"),
     ):
         rows = []
@@ -138,7 +152,16 @@ def grids(records: Records) -> list[Grid]:
             if found:
                 rows.append([VARIANTS[variant].label, *(show(found[d][name]) if d in found else "" for d in present)])
         made.append(Grid(title, ["", *map(str, present)], rows))
-    return made
+    gradients = {
+        variant: record["first_gradient"] for variant in VARIANTS for _, record in _by_depth(records, variant) if "first_gradient" in record
+    }
+    rows = [[VARIANTS[variant].label, _geometric(values)] for variant, values in gradients.items()]
+    return [*made, Grid(f"norm of the first kernel's gradient before any update, {DEPTHS[-1]} layers", ["", "geometric mean"], rows)]
+
+
+def _geometric(values: list[float]) -> str:
+    mean, half = mean_and_interval(np.log10(values))
+    return f"{10**mean:.2g} ({10 ** (mean - half):.2g} to {10 ** (mean + half):.2g})"
 
 
 def _quartiles(values: np.ndarray) -> np.ndarray:
@@ -169,4 +192,4 @@ def draw(records: Records) -> Figure:
     return figure(2, panels, height=4.8, width=5.6)
 
 
-DEPTH = Part(6, "depth", "Plain networks by depth", jobs, run, grids, draw)
+DEPTH = Part(6, "depth", "Plain convolutional networks by depth", jobs, run, grids, draw)

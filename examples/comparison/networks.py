@@ -17,10 +17,10 @@ class Network(NamedTuple):
     apply: Callable[[Any, Any, jax.Array, Phase | None], tuple[jax.Array, Any]]  # params, state, images, phase -> (logits, state)
 
 
-def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+def convolve(inputs: jax.Array, kernel: jax.Array, borders: Any = "constant") -> jax.Array:
     """A 3x3 convolution as one product. XLA's own, mapped over the kernels of many networks, is several times slower on a CPU."""
     height, width = inputs.shape[1:3]
-    padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)), borders)
     patches = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
@@ -40,15 +40,14 @@ def head(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return x.reshape(len(x), -1) @ params["kernel"] + params["bias"]
 
 
-def cnn(method: Method, settings: Settings, widths: tuple[int, ...] = (16, 32, 32), depth: int = 1) -> Network:
-    """Stages of 3x3 convolutions, each with its norm and activation, with a 2x2 average pooling between two stages, and a dense layer."""
-    layers = [(stage > 0 and i == 0, width) for stage, width in enumerate(widths) for i in range(depth)]
+def cnn(method: Method, settings: Settings, widths: tuple[int, ...] = (16, 32, 32)) -> Network:
+    """3x3 convolutions, each with its norm and activation, with a 2x2 average pooling between two of them, and a dense layer."""
 
     def init(key: jax.Array, images: jax.Array) -> tuple[Any, Any]:
-        *keys, head_key = jax.random.split(key, len(layers) + 1)
+        *keys, head_key = jax.random.split(key, len(widths) + 1)
         x, params, state = images, [], []
-        for layer_key, (pooled, width) in zip(keys, layers, strict=True):
-            x = pool(x) if pooled else x
+        for i, (layer_key, width) in enumerate(zip(keys, widths, strict=True)):
+            x = pool(x) if i else x
             kernel = he_normal(layer_key, (3, 3, x.shape[-1], width))
             layer, layer_state = method.init(settings, kernel, x, convolve)
             # In training mode: a layer that is initialized from data sees what the layers before it will give it.
@@ -59,8 +58,8 @@ def cnn(method: Method, settings: Settings, widths: tuple[int, ...] = (16, 32, 3
 
     def apply(params: Any, state: Any, x: jax.Array, phase: Phase | None) -> tuple[jax.Array, Any]:
         new_state = []
-        for (pooled, _), layer, layer_state in zip(layers, params["layers"], state, strict=True):
-            x, layer_state = method.apply(settings, layer, layer_state, pool(x) if pooled else x, convolve, phase)
+        for i, (layer, layer_state) in enumerate(zip(params["layers"], state, strict=True)):
+            x, layer_state = method.apply(settings, layer, layer_state, pool(x) if i else x, convolve, phase)
             new_state.append(layer_state)
         return head(params["head"], x), new_state
 

@@ -73,3 +73,12 @@ def percent(errors: Any) -> str:
     """Shares such as errors, one a seed, as their mean and interval in percent."""
     mean, half = mean_and_interval(errors)
     return f"{100 * mean:.2f} ± {100 * half:.2f}"
+
+
+def thousandths(losses: Any) -> str:
+    """Losses, one a seed, as their mean and interval times 1000."""
+    diverged = int(np.isnan(losses).sum())
+    if diverged:
+        return f"{diverged} of {len(losses)} diverged"
+    mean, half = mean_and_interval(losses)
+    return f"{1000 * mean:.1f} ± {1000 * half:.1f}"

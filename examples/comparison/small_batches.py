@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from comparison.data import Task, shuffled
 from comparison.methods import METHODS, Settings
 from comparison.networks import cnn, mlp
-from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
+from comparison.part import Grid, Job, Part, Record, Records, Setup, percent, thousandths
 from comparison.style import figure, plain_ticks, plot_interval
 from comparison.training import Plan, errors, running_momentum, trainer, tuned_runs
 
@@ -55,7 +55,7 @@ def grids(records: Records) -> list[Grid]:
         sizes = [size for size in BATCH_SIZES if any(_get(records, network, method, size) for method in METHODS)]
         for name, heading, show in (
             ("test_error", "test error in %", percent),
-            ("train_loss", "loss on the training images, in evaluation, times 1000", _thousandths),
+            ("train_loss", "loss on the training images, in evaluation, times 1000", thousandths),
             ("learning_rate", "the learning rate that was chosen", lambda rate: f"{rate:.2g}"),
         ):
             rows = []
@@ -65,11 +65,6 @@ def grids(records: Records) -> list[Grid]:
                     rows.append([METHODS[method].label, *("" if record is None else show(record[name]) for record in found)])
             made.append(Grid(f"{what}: {heading}, by batch size", ["", *map(str, sizes)], rows))
     return made
-
-
-def _thousandths(values: Any) -> str:
-    mean, half = mean_and_interval(values)
-    return f"{1000 * mean:.1f} ± {1000 * half:.1f}"
 
 
 def draw(records: Records) -> Figure:
