@@ -25,7 +25,7 @@ import jnorm
 from comparison import PARTS
 from comparison.data import Sizes
 from comparison.part import Part, Records, Setup
-from comparison.runner import run_jobs
+from comparison.runner import run_parts
 from comparison.training import LEARNING_RATES
 from digits_data import DigitsError
 
@@ -74,14 +74,14 @@ def compare(args: argparse.Namespace) -> dict[int, Records]:
     """Trains what is not there yet, prints the tables, and writes them and the figures."""
     start = time.perf_counter()
     # Half the time to compile, and these small programs run no slower. Read as JAX starts, in each of the processes.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level={0 if args.quick else 1}"
     setup = dataclasses.replace(QUICK if args.quick else FULL, data_dir=args.data_dir and str(Path(args.data_dir).resolve()))
     given = {name: value for name in ("epochs", "seeds") if (value := getattr(args, name))}
     setup = dataclasses.replace(setup, **given)
     if args.out.exists() and not args.out.is_dir():
         raise DigitsError(f"--out: {args.out} is not a directory")
     console = Console()
-    found = {part.number: run_with_progress(part, setup, args, console) for part in args.only}
+    found = run_with_progress(setup, args, console)
     pages = [_described(setup, args.workers, time.perf_counter() - start)]
     for part in args.only:
         grids = part.grids(found[part.number])
@@ -95,11 +95,17 @@ def compare(args: argparse.Namespace) -> dict[int, Records]:
     return found
 
 
-def run_with_progress(part: Part, setup: Setup, args: argparse.Namespace, console: Console) -> Records:
+def run_with_progress(setup: Setup, args: argparse.Namespace, console: Console) -> dict[int, Records]:
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{part.number}. {part.title}", total=len(part.jobs(setup)))
-        return run_jobs(part, setup, args.out / "runs", args.workers, lambda name: progress.advance(task))
+        total = progress.add_task("all", total=sum(len(part.jobs(setup)) for part in args.only))
+        tasks = {part.number: progress.add_task(f"{part.number}. {part.title}", total=len(part.jobs(setup))) for part in args.only}
+
+        def report(part: Part) -> None:
+            progress.advance(tasks[part.number])
+            progress.advance(total)
+
+        return run_parts(args.only, setup, args.out / "runs", args.workers, report)
 
 
 def _described(setup: Setup, workers: int, seconds: float) -> str:

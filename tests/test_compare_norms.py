@@ -178,17 +178,22 @@ def counting_part(fail=None):
 
 
 def test_what_was_run_is_not_run_again(tmp_path):
-    part, ran = counting_part(fail=2)
+    def run(part, setup=SETUP):
+        reported.clear()
+        return runner.run_parts((part,), setup, tmp_path, 1, reported.append)[9]
+
+    reported = []
+    part, _ = counting_part(fail=2)
     with pytest.raises(ValueError, match="no"):
-        runner.run_jobs(part, SETUP, tmp_path, 1, lambda name: None)
+        run(part)
     part, ran = counting_part()
-    names = []
-    records = runner.run_jobs(part, SETUP, tmp_path, 1, names.append)
-    assert ran == [2] and names == ["job-1", "job-2"] and list(records) == names
-    runner.run_jobs(part, dataclasses.replace(SETUP, seeds=3), tmp_path, 1, names.append)
+    records = run(part)
+    assert ran == [2] and reported == [part, part] and list(records) == ["job-1", "job-2"]
+    more = dataclasses.replace(SETUP, seeds=3)
+    run(part, more)
     assert ran == [2, 1, 2]
     (tmp_path / "9-job-1.json").write_text('{"setup"')  # cut off in the middle
-    runner.run_jobs(part, dataclasses.replace(SETUP, seeds=3), tmp_path, 1, names.append)
+    run(part, more)
     assert ran == [2, 1, 2, 1]
     assert json.loads((tmp_path / "9-job-1.json").read_text())["record"] == {"test_error": [0.5] * 3}
 

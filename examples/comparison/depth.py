@@ -156,6 +156,8 @@ def grids(records: Records) -> list[Grid]:
         variant: record["first_gradient"] for variant in VARIANTS for _, record in _by_depth(records, variant) if "first_gradient" in record
     }
     rows = [[VARIANTS[variant].label, _geometric(values)] for variant, values in gradients.items()]
+    if not rows:
+        return made
     return [*made, Grid(f"norm of the first kernel's gradient before any update, {DEPTHS[-1]} layers", ["", "geometric mean"], rows)]
 
 

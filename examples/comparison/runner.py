@@ -1,11 +1,11 @@
-"""Runs the jobs of a part, several processes at once, and keeps each record on disk: what was done once is not done again."""
+"""Runs the jobs of the parts, several processes at once, and keeps each record on disk: what was done once is not done again."""
 
 import dataclasses
 import json
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -39,37 +39,43 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))  # type: ignore[arg-type]
 
 
-def run_jobs(part: Part, setup: Setup, folder: Path, workers: int, report: Callable[[str], None]) -> Records:
-    """The records of all jobs of a part, in their order. `report` is called with the name of each as it is there."""
-    jobs = {job.name: job for job in part.jobs(setup)}
-    paths = {name: folder / f"{part.number}-{name}.json" for name in jobs}
-    found = {name: load_record(paths[name], setup, job) for name, job in jobs.items()}
-    for name, record in found.items():
-        if record is not None:
-            report(name)
-    missing = [jobs[name] for name, record in found.items() if record is None]
-    for job, record, seconds in _executed(part, setup, missing, workers):
-        save_record(paths[job.name], setup, job, record, seconds)
-        found[job.name] = record
-        report(job.name)
-    return {name: record for name, record in found.items() if record is not None}
+def run_parts(parts: Sequence[Part], setup: Setup, folder: Path, workers: int, report: Callable[[Part], None]) -> dict[int, Records]:
+    """The records of all jobs, in their order, by the parts' numbers. `report` is called for each as it is there."""
+    jobs = [(part, job) for part in parts for job in part.jobs(setup)]
+    found = {(part.number, job.name): load_record(_path(folder, part, job), setup, job) for part, job in jobs}
+
+    def missing(part: Part, job: Job) -> bool:
+        return found[part.number, job.name] is None
+
+    for part, job in jobs:
+        if not missing(part, job):
+            report(part)
+    for part, job, record, seconds in _executed([one for one in jobs if missing(*one)], setup, workers):
+        save_record(_path(folder, part, job), setup, job, record, seconds)
+        found[part.number, job.name] = record
+        report(part)
+    return {part.number: {job.name: found[part.number, job.name] or {} for job in part.jobs(setup)} for part in parts}
 
 
-def _executed(part: Part, setup: Setup, jobs: list[Job], workers: int) -> Iterator[tuple[Job, Record, float]]:
+def _path(folder: Path, part: Part, job: Job) -> Path:
+    return folder / f"{part.number}-{job.name}.json"
+
+
+def _executed(jobs: list[tuple[Part, Job]], setup: Setup, workers: int) -> Iterator[tuple[Part, Job, Record, float]]:
     if workers == 1 or len(jobs) < 2:
         _start(setup)
-        for job in jobs:
-            yield job, *_execute(part.run, setup, job)
+        for part, job in jobs:
+            yield part, job, *_execute(part.run, setup, job)
         return
     # Most of a job is compilation, which uses one core; so processes, not threads, and new ones, since JAX's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (setup,)) as pool:
-        futures = {pool.submit(_execute_or_describe, part.run, setup, job): job for job in jobs}
+        futures = {pool.submit(_execute_or_describe, part.run, setup, job): (part, job) for part, job in jobs}
         try:
             for future in as_completed(futures):
-                outcome = future.result()
+                (part, job), outcome = futures[future], future.result()
                 if isinstance(outcome, str):
-                    raise RuntimeError(f"job {futures[future].name} failed:\n{outcome}")
-                yield futures[future], *outcome
+                    raise RuntimeError(f"job {job.name} of part {part.number} failed:\n{outcome}")
+                yield part, job, *outcome
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, or when interrupted
 
