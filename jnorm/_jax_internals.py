@@ -82,6 +82,11 @@ def automatic_device_count(context: Any) -> int:
     return getattr(context.module_context.axis_context, "num_devices", 1)
 
 
+def replicated() -> PartitionSpec | None:
+    """What a sum over sharded axes has to be told on a mesh of explicit axes; elsewhere nothing."""
+    return PartitionSpec() if _has_explicit_axes() else None
+
+
 def with_sharding_of(value: jax.Array, aval: Any) -> jax.Array:
     """The value with the sharding in the abstract value's type, on a mesh of explicit axes."""
     if not _has_explicit_axes() or core.typeof(value).sharding.spec == aval.sharding.spec:

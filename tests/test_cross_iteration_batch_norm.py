@@ -261,9 +261,10 @@ def test_a_kernel_that_did_not_move_is_told_as_such():
     np.testing.assert_allclose(run(state)[0], one, atol=32 * 1.2e-7 * abs(one).max())
 
 
-def test_explicit_mesh():
+@pytest.mark.parametrize("case", [CASE, EXACT], ids=["slopes", "exact"])
+def test_explicit_mesh(case):
     """Sharding in types, of the batch."""
-    case = replace(CASE, shape=SHAPE)
+    case = replace(case, shape=SHAPE)
     given = cases.inputs(case, shape=SHAPE)
     with jax.set_mesh(jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))):
         placed = {k: jax.device_put(v, P() if k in distributed.WHOLE else P("d")) for k, v in given.items()}

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from .._jax_internals import align, with_sharding_of
+from .._jax_internals import align, replicated, with_sharding_of
 from .._stats import Stats, all_sum
 from ..typing import WindowRule
 from .batch import Batch
@@ -180,9 +180,16 @@ def _covariances(
     units = jnp.tile(jnp.eye(size, dtype=mean.dtype).reshape(*kernel[:-1], size), groups)
     (axis,) = batch.layout.features
     patches = linear_op(inputs, units).astype(mean.dtype)
-    rows = [jnp.moveaxis(jnp.broadcast_to(a, patches.shape), axis, -1).reshape(-1, groups, size) for a in (patches, jnp.asarray(counted))]
-    centered = jnp.where(rows[1], rows[0] - mean.reshape(1, size, groups).swapaxes(1, 2), 0)
-    return all_sum([jnp.einsum("rgk,rgl->gkl", centered, centered / count, precision="highest")], *batch.across)[0]
+
+    def in_groups(a: jax.Array) -> jax.Array:
+        last = jnp.moveaxis(jnp.broadcast_to(a, patches.shape), axis, -1)
+        return last.reshape(*last.shape[:-1], groups, size)
+
+    centered = in_groups(patches) - mean.reshape(size, groups).swapaxes(0, 1).reshape((1,) * (patches.ndim - 1) + (groups, size))
+    centered = jnp.where(in_groups(jnp.asarray(counted)), centered, 0)
+    reduced = "".join(chr(ord("a") + i) for i in range(patches.ndim - 1))  # not merged into one axis, which may not be split over devices
+    product = f"{reduced}yv,{reduced}yw->yvw"
+    return all_sum([jnp.einsum(product, centered, centered / count, precision="highest", out_sharding=replicated())], *batch.across)[0]
 
 
 def check_linear_op(linear_op: LinearOp, batch: Batch, inputs: jax.Array, kernel: jax.Array, num_groups: int) -> None:
