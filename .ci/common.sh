@@ -211,6 +211,14 @@ digits_norms() {
   PYTHONPATH=examples "$tools/python" -c 'from digits_models import NORMS; print(*NORMS)'
 }
 
+# compare_norms ARGUMENT...: all parts must leave their figures and tables.
+compare_norms() {
+  stage "the comparison of the norms"
+  show_and_run "$tools/python" examples/compare_norms.py --out "$out/compare-norms" "$@"
+  test "$(ls "$out"/compare-norms/*.png | wc -l)" -eq 6
+  test -s "$out/compare-norms/tables.md"
+}
+
 benchmarks() {
   stage "the benchmark, short"
   show_and_run "$tools/python" -m benchmarks --quick

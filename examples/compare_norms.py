@@ -82,7 +82,7 @@ def compare(args: argparse.Namespace) -> dict[int, Records]:
         raise DigitsError(f"--out: {args.out} is not a directory")
     console = Console()
     found = run_with_progress(setup, args, console)
-    pages = [_described(setup, args.workers, time.perf_counter() - start)]
+    pages = ["# All tables of the comparison", _described(setup, args.workers, time.perf_counter() - start)]
     for part in args.only:
         grids = part.grids(found[part.number])
         console.rule(f"{part.number}. {part.title}")
