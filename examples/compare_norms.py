@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from comparison.runner import run_parts
 from comparison.training import LEARNING_RATES
 from digits_data import DigitsError
 
-FULL = Setup(None, False, Sizes(), epochs=20, seeds=12, learning_rates=LEARNING_RATES)
+FULL = Setup(None, False, Sizes(), epochs=16, seeds=12, learning_rates=LEARNING_RATES)
 QUICK = Setup(None, True, Sizes(128, 64, 128), epochs=1, seeds=2, learning_rates=LEARNING_RATES[1:2])
 
 
@@ -46,7 +45,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parts = "; ".join(f"{part.number}: {part.title.lower()}" for part in PARTS)
     parser = argparse.ArgumentParser(prog="compare_norms.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", type=_parts, default=PARTS, metavar="N,N", help=f"some of the parts ({parts})")
-    parser.add_argument("--data-dir", help="a directory with MNIST's IDX files, gzipped or not (default: scikit-learn's digits)")
+    parser.add_argument(
+        "--data-dir", help="a directory with MNIST's IDX files, gzipped or not (default: scikit-learn's digits); some GB a process"
+    )
     parser.add_argument("--epochs", type=_positive_integer, help=f"default: {FULL.epochs}, or {QUICK.epochs} with --quick")
     parser.add_argument("--seeds", type=_positive_integer, help=f"of each training (default: {FULL.seeds}, or {QUICK.seeds} with --quick)")
     parser.add_argument("--quick", action="store_true", help="a few short trainings, to see that everything works")
@@ -81,8 +82,9 @@ def compare(args: argparse.Namespace) -> dict[int, Records]:
     if args.out.exists() and not args.out.is_dir():
         raise DigitsError(f"--out: {args.out} is not a directory")
     console = Console()
+    commit = _commit()  # before the run, during which there may be another
     found = run_with_progress(setup, args, console)
-    pages = ["# All tables of the comparison", _described(setup, args.workers, time.perf_counter() - start)]
+    pages = ["# All tables of the comparison", _described(setup, args.workers, commit, time.perf_counter() - start)]
     for part in args.only:
         grids = part.grids(found[part.number])
         console.rule(f"{part.number}. {part.title}")
@@ -108,13 +110,14 @@ def run_with_progress(setup: Setup, args: argparse.Namespace, console: Console) 
         return run_parts(args.only, setup, args.out / "runs", args.workers, report)
 
 
-def _described(setup: Setup, workers: int, seconds: float) -> str:
-    data = "scikit-learn's digits" if setup.data_dir is None else setup.data_dir
+def _described(setup: Setup, workers: int, commit: str, seconds: float) -> str:
+    data = "scikit-learn's digits" if setup.data_dir is None else Path(setup.data_dir).name
+    command = "python examples/compare_norms.py" + " --quick" * setup.quick
     sizes = setup.sizes
     return (
-        f"`python examples/compare_norms.py {' '.join(sys.argv[1:])}`: {data}, {sizes.train} + {sizes.validation} + {sizes.test} images; "
-        f"{setup.epochs} epochs, {setup.seeds} seeds; jnorm {jnorm.__version__}{_commit()}, jax {jax.__version__}, {workers} processes, "
-        f"{seconds / 60:.1f} minutes."
+        f"`{command}`: {data}, {sizes.train} images to train on, {sizes.validation} to choose learning rates by and {sizes.test} to test "
+        f"with; {setup.seeds} seeds; {setup.epochs} epochs, 4 times as many in part 3 and half as many in parts 4 and 6; jnorm "
+        f"{jnorm.__version__}{commit}, jax {jax.__version__}, {workers} processes, {seconds / 60:.1f} minutes for what was not there yet."
     )
 
 

@@ -232,6 +232,8 @@ def test_a_short_run(tmp_path, capsys, monkeypatch):
     records = compare_norms.main(["--quick", "--only", "3", "--workers", "1", "--out", str(tmp_path)])
     assert list(records) == [3] and len(records[3]) == len(PARTS[2].jobs(compare_norms.QUICK))
     text = (tmp_path / "tables.md").read_text()
-    assert "128 + 64 + 128 images; 1 epochs, 2 seeds" in text and f"## 3. {PARTS[2].title}" in text
+    assert (
+        "128 images to train on, 64 to choose learning rates by and 128 to test with; 2 seeds" in text and f"## 3. {PARTS[2].title}" in text
+    )
     assert (tmp_path / f"{PARTS[2].name}.png").read_bytes().startswith(b"\x89PNG")
     assert PARTS[2].title in capsys.readouterr().out

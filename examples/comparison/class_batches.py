@@ -15,9 +15,10 @@ from comparison.methods import METHODS, LinearOp, Method, Params, Phase, Setting
 from comparison.networks import Network, cnn
 from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
 from comparison.style import figure, look, plain_ticks
-from comparison.training import Plan, Runs, errors, reestimated, running_momentum, trainer, tuned_runs
+from comparison.training import Plan, Runs, errors, is_wrong, reestimated, running_momentum, trainer, tuned_runs
 
 BATCH_SIZE = 32
+OWN_EPOCHS = 5  # of test batches that are normalized by themselves, whose draw matters
 ORDERS = {"shuffled": shuffled, "classes": few_classes}
 BATCHES = {"shuffled": "shuffled batches", "classes": "batches of two classes"}
 TRAINED = ("batch_norm", "batch_renorm", "group_norm")
@@ -56,8 +57,8 @@ def _other_evaluations(settings: Settings, network: Network, task: Task, runs: R
     """The same networks, with other statistics in evaluation."""
     images = jnp.asarray(task.train.images)
     batches = {name: jnp.asarray(make(task.train.labels, 0, 1, BATCH_SIZE)) for name, make in ORDERS.items()}
-    test_batches = {name: jnp.asarray(make(task.test.labels, 0, 1, BATCH_SIZE)) for name, make in ORDERS.items()}
-    eval_norm = cnn(EVAL_NORM, settings)
+    test_batches = {name: jnp.asarray(make(task.test.labels, 0, OWN_EPOCHS, BATCH_SIZE)) for name, make in ORDERS.items()}
+    with_running, with_samples = (errors(one, task, ("test",)) for one in (network, cnn(EVAL_NORM, settings)))
 
     def evaluate(params: Any, state: Any) -> dict[str, jax.Array]:
         def step(state: Any, batch: jax.Array) -> Any:
@@ -66,31 +67,26 @@ def _other_evaluations(settings: Settings, network: Network, task: Task, runs: R
         found = {}
         for name in ORDERS:
             population = reestimated(step, state, batches[name])
-            found[f"reestimated_{name}"] = _error(network, params, population, task.test)
+            found[f"reestimated_{name}"] = with_running(params, population)["test_error"]
             found[f"own_{name}"] = _own_error(network, params, state, task.test, test_batches[name])
         rule = [{"running": layer, "weights": (jnp.float32(1 / BATCH_SIZE),) * 2} for layer in state]
-        found["eval_norm_rule"] = _error(eval_norm, params, rule, task.test)
+        found["eval_norm_rule"] = with_samples(params, rule)["test_error"]
         fitted = _fitted(settings, params, state, images, batches[order])
-        found["eval_norm_fitted"] = _error(eval_norm, params, fitted, task.test)
+        found["eval_norm_fitted"] = with_samples(params, fitted)["test_error"]
         return found
 
     return jax.tree.map(lambda a: np.asarray(a).tolist(), jax.jit(jax.vmap(evaluate))(runs.params, runs.state))
-
-
-def _error(network: Network, params: Any, state: Any, part: Images) -> jax.Array:
-    logits, _ = network.apply(params, state, jnp.asarray(part.images), None)
-    return (jnp.argmax(logits, -1) != part.labels).mean()
 
 
 def _own_error(network: Network, params: Any, state: Any, part: Images, batches: jax.Array) -> jax.Array:
     """Of batches that are normalized by themselves, as in training."""
     images, labels = jnp.asarray(part.images), jnp.asarray(part.labels)
 
-    def wrong(batch: jax.Array) -> jax.Array:
+    def error(batch: jax.Array) -> jax.Array:
         logits, _ = network.apply(params, state, images[batch], Phase(jnp.float32(1), jax.random.key(0)))
-        return (jnp.argmax(logits, -1) != labels[batch]).mean()
+        return is_wrong(logits, labels[batch]).mean()
 
-    return lax.map(wrong, batches).mean()
+    return lax.map(error, batches).mean()
 
 
 def _eval_norm(

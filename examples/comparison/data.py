@@ -12,7 +12,7 @@ from digits_data import NUM_CLASSES, DigitsError, load_data
 
 @dataclass(frozen=True)
 class Sizes:
-    train: int = 704  # a multiple of all batch sizes, so that no batch is padded
+    train: int = 704  # a multiple of all batch sizes, so that no image is left out
     validation: int = 300
     test: int = 793
 
@@ -50,14 +50,18 @@ def _split(images: np.ndarray, labels: np.ndarray, sizes: tuple[int, ...]) -> li
     """Random disjoint parts, each with the classes in proportion."""
     from sklearn.model_selection import train_test_split
 
+    wanted = ", ".join(map(str, sizes))
     if sum(sizes) > len(labels):
-        raise DigitsError(f"parts of {', '.join(map(str, sizes))} images are needed, and there are {len(labels)}")
+        raise DigitsError(f"parts of {wanted} images are needed, and there are {len(labels)}")
     rest, parts = np.arange(len(labels)), []
     for size in sizes:
         if size == len(rest):
             taken, rest = rest, rest[:0]
         else:
-            taken, rest = map(np.asarray, train_test_split(rest, train_size=size, stratify=labels[rest], random_state=0))
+            try:
+                taken, rest = map(np.asarray, train_test_split(rest, train_size=size, stratify=labels[rest], random_state=0))
+            except ValueError as error:
+                raise DigitsError(f"{len(labels)} images cannot be split into {wanted} and the rest: {error}") from error
         parts.append(Images(images[taken][..., None], labels[taken]))
     return parts
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import jnorm
 from comparison.data import Task, shuffled
-from comparison.methods import GROUPS, METHODS, LinearOp, Method, Params, Phase, Settings, State
+from comparison.methods import GROUPS, METHODS, LinearOp, Method, Params, Phase, Settings, State, without_state
 from comparison.networks import Network, convolve, he_normal, head, init_head, pool
 from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent, thousandths
 from comparison.style import figure, look, plain_ticks
@@ -36,10 +36,6 @@ class Variant(NamedTuple):
     initializer: jax.nn.initializers.Initializer = he_normal
 
 
-def _affine(settings: Settings, kernel: jax.Array, inputs: jax.Array, linear_op: LinearOp) -> tuple[Params, State]:
-    return {"kernel": kernel, "scale": jnp.ones(kernel.shape[-1]), "bias": jnp.zeros(kernel.shape[-1])}, {}
-
-
 def _scaled_weight_standardization(
     settings: Settings, params: Params, state: State, inputs: jax.Array, linear_op: LinearOp, phase: Phase | None
 ) -> tuple[jax.Array, State]:
@@ -55,8 +51,8 @@ def _weight_standardization_and_group_norm(
 
 
 _one_over_n = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-_scaled = Method("scaled WS", _affine, _scaled_weight_standardization)
-_grouped = Method("WS + GN", _affine, _weight_standardization_and_group_norm)
+_scaled = Method("scaled WS", without_state, _scaled_weight_standardization)
+_grouped = Method("WS + GN", without_state, _weight_standardization_and_group_norm)
 VARIANTS = {
     "he": Variant("no norm, He initialization", METHODS["none"], "none"),
     "naive": Variant("no norm, deviation 1/√n", METHODS["none"], "accumulated_batch_norm", _one_over_n),
@@ -64,7 +60,9 @@ VARIANTS = {
     "group_norm": Variant("GN", METHODS["group_norm"], "group_norm"),
     "weight_standardization": Variant("WS + GN", _grouped, "cross_mini_batch_norm"),
     "scaled_weight_standardization": Variant("scaled WS", _scaled, "weight_norm"),
-    "normalization_propagation": Variant("norm propagation", METHODS["normalization_propagation"], "normalization_propagation"),
+    "normalization_propagation": Variant(
+        "norm propagation, gain 1/1.21", METHODS["normalization_propagation"], "normalization_propagation"
+    ),
 }
 
 
@@ -114,7 +112,7 @@ QUICK = [("batch_norm", 4), ("scaled_weight_standardization", 4)]
 
 def run(setup: Setup, task: Task, options: dict[str, Any]) -> Record:
     network = plain(VARIANTS[options["variant"]], Settings(BATCH_SIZE, momentum=running_momentum(BATCH_SIZE)), options["depth"])
-    plan = Plan(partial(shuffled, epochs=-(-setup.epochs // 2), batch_size=BATCH_SIZE))  # half of the epochs show what there is to show
+    plan = Plan(partial(shuffled, epochs=-(-setup.epochs // 2), batch_size=BATCH_SIZE))
     runs, record = tuned_runs(trainer(network, task, plan, errors(network, task)), setup.seeds, setup.learning_rates)
     if options["depth"] == DEPTHS[-1]:
         record["first_gradient"] = _first_gradient(network, task, setup.seeds)
@@ -122,7 +120,7 @@ def run(setup: Setup, task: Task, options: dict[str, Any]) -> Record:
 
 
 def _first_gradient(network: Network, task: Task, seeds: int) -> list[float]:
-    """The norm of the loss's gradient for the first layer's kernel, before any update, by seed."""
+    """The norm of the loss's gradient for the first layer's kernel, of networks that saw no update."""
     images, labels = (jnp.asarray(a[:GRADIENT_IMAGES]) for a in task.train)
 
     def norm(key: jax.Array) -> jax.Array:
@@ -142,7 +140,7 @@ def grids(records: Records) -> list[Grid]:
     made: list[Grid] = []
     present = [depth for depth in DEPTHS if any(f"{variant}-{depth}" in records for variant in VARIANTS)]
     for name, title, show in (
-        ("test_error", "test error in %, by the number of layers", percent),
+        ("test_error", "test error in %, by the number of layers (90 is chance, a run that diverged counts as 100)", percent),
         ("train_loss", "loss on the training images, in evaluation, times 1000", thousandths),
         ("learning_rate", "the learning rate that was chosen", lambda rate: f"{rate:.2g}"),
     ):
@@ -188,7 +186,7 @@ def draw(records: Records) -> Figure:
             panel.set_xlabel("layers")
         axes[0].set_ylabel("test error in %, median and quartiles")
         axes[1].set_ylabel("training loss, median and quartiles")
-        axes[1].set_title("runs that diverged have no training loss", fontsize=10)
+        axes[1].set_title("not shown where a quarter of the runs or more diverged", fontsize=10)
         axes[0].legend(fontsize=8)
 
     return figure(2, panels, height=4.8, width=5.6)

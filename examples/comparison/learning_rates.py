@@ -1,5 +1,6 @@
 """Part 4: which learning rates each norm tolerates, and how many updates it needs to a fixed accuracy."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from comparison.data import Task, shuffled
 from comparison.methods import METHODS, Settings
 from comparison.networks import cnn
-from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
+from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent, with_interval
 from comparison.style import figure, plain_ticks, plot_interval
 from comparison.training import TUNING_SEEDS, Plan, errors, running_momentum, trainer
 
@@ -21,7 +22,7 @@ LEARNING_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30
 BATCH_SIZE = 32
 EVERY = 4  # updates between two measurements
 ACCURACIES = (90, 95)  # of the validation images, in %
-CLOSE = 0.01  # in test error, to the best
+CLOSE = 0.01  # in test error, to that of the best rate
 NEVER = "–"
 
 
@@ -36,7 +37,7 @@ def run(setup: Setup, task: Task, options: dict[str, Any]) -> Record:
     network = cnn(METHODS[options["method"]], Settings(BATCH_SIZE, momentum=running_momentum(BATCH_SIZE)))
     epochs = -(-setup.epochs // 2)
     updates = epochs * (len(task.train.labels) // BATCH_SIZE)
-    plan = Plan(partial(shuffled, epochs=epochs, batch_size=BATCH_SIZE), probes=max(updates // EVERY, 1), decay=False)
+    plan = Plan(partial(shuffled, epochs=epochs, batch_size=BATCH_SIZE), probes=updates // math.gcd(updates, EVERY), decay=False)
     train = trainer(network, task, plan, errors(network, task, ("validation",)))
     test = jax.jit(partial(lax.map, lambda trained: errors(network, task, ("test",))(*trained)["test_error"]))
     seeds = (*TUNING_SEEDS, *range(setup.seeds))
@@ -50,6 +51,7 @@ def run(setup: Setup, task: Task, options: dict[str, Any]) -> Record:
         runs = train([rate] * len(seeds), seeds)
         measured = runs.probed["validation_error"]
         keep("validation_error", measured[:, -1].tolist())
+        keep("validation_loss", np.nan_to_num(runs.last("validation_loss"), nan=np.inf).tolist())
         keep("test_error", test((runs.params, runs.state)).tolist())
         for accuracy in ACCURACIES:
             keep(f"updates_{accuracy}", _updates_to(measured, accuracy, updates // measured.shape[1]))
@@ -63,8 +65,9 @@ def _updates_to(validation_errors: np.ndarray, accuracy: int, every: int) -> lis
 
 
 def _best_error(record: Record) -> int:
-    """The number of the learning rate with the least validation error over the tuning seeds."""
-    return int(np.mean(record["tuning"]["validation_error"], 1).argmin())
+    """The number of the learning rate with the least validation error over the tuning seeds, of equals with the least loss."""
+    error, loss = (np.mean(record["tuning"][name], 1) for name in ("validation_error", "validation_loss"))
+    return int(np.lexsort((loss, error))[0])
 
 
 def _fastest(record: Record, accuracy: int) -> int | None:
@@ -74,9 +77,11 @@ def _fastest(record: Record, accuracy: int) -> int | None:
 
 
 def _close(record: Record) -> list[float]:
-    """The learning rates with a mean test error that is close to the least."""
-    mean = np.mean(record["test_error"], 1)
-    return [rate for rate, error in zip(record["learning_rates"], mean, strict=True) if error <= mean.min() + CLOSE]
+    """The learning rates around the best one whose mean test error is close to its, or below."""
+    good, best = np.mean(record["test_error"], 1) <= np.mean(record["test_error"][_best_error(record)]) + CLOSE, _best_error(record)
+    low = best - int(np.argmin(np.append(good[best::-1], False))) + 1
+    high = best + int(np.argmin(np.append(good[best:], False)))
+    return record["learning_rates"][low:high]
 
 
 def _updates(updates: list[int | None]) -> str:
@@ -84,8 +89,7 @@ def _updates(updates: list[int | None]) -> str:
     if None in updates:
         reached = len(updates) - updates.count(None)
         return f"{reached} of {len(updates)} seeds" if reached else NEVER
-    mean, half = mean_and_interval(updates)
-    return f"{mean:.0f} ± {half:.0f}"
+    return with_interval(updates, 0)
 
 
 def _times_fewer(without: list[int | None], with_norm: list[int | None]) -> str:
@@ -98,7 +102,9 @@ def _times_fewer(without: list[int | None], with_norm: list[int | None]) -> str:
 
 def grids(records: Records) -> list[Grid]:
     made = [
-        _by_rate(records, "test error at the end in %, by learning rate", "test_error", percent),
+        _by_rate(
+            records, "test error at the end in %, by learning rate (90 is chance, a run that diverged counts as 100)", "test_error", percent
+        ),
         _by_rate(
             records, f"updates to {ACCURACIES[-1]} % of the validation images, by learning rate", f"updates_{ACCURACIES[-1]}", _updates
         ),
@@ -124,7 +130,7 @@ def _range_grid(records: Records) -> Grid:
         width = f"{min(close):g} to {max(close):g}"
         rows.append([METHODS[method].label, f"{record['learning_rates'][best]:g}", percent(record["test_error"][best]), width])
         rows[-1].append(f"{max(close) / min(close):.0f}")
-    headings = ["", "best rate", "test error there, %", f"rates within {100 * CLOSE:g} point of the least error", "largest / smallest"]
+    headings = ["", "best rate", "test error there, %", f"rates within {100 * CLOSE:g} point of that error", "largest / smallest"]
     return Grid("the range of learning rates", headings, rows)
 
 

@@ -48,7 +48,7 @@ def _affine(kernel: jax.Array) -> Params:
     return {"kernel": kernel, "scale": jnp.ones(kernel.shape[-1]), "bias": jnp.zeros(kernel.shape[-1])}
 
 
-def _without_state(settings: Settings, kernel: jax.Array, inputs: jax.Array, linear_op: LinearOp) -> tuple[Params, State]:
+def without_state(settings: Settings, kernel: jax.Array, inputs: jax.Array, linear_op: LinearOp) -> tuple[Params, State]:
     return _affine(kernel), {}
 
 
@@ -93,8 +93,13 @@ def _of_batches(norm: Callable[..., Any], options: Callable[[Settings, jax.Array
     return apply
 
 
+def _unbiased(settings: Settings, progress: jax.Array) -> dict[str, Any]:
+    """Running averages of the unbiased variance: of two values the biased one is half of what evaluation needs."""
+    return {"running_var_correction": 1}
+
+
 def _renorm_limits(settings: Settings, progress: jax.Array) -> dict[str, Any]:
-    """The paper's schedule, in shares of the training: a tenth as batch normalization, then d opens by a half of it, and r by 0.8."""
+    """The paper's proportions; that it is a tenth of the training as batch normalization, with d open at half, r at 0.8, is not."""
     limits = jnorm.renorm_schedules(begin=100, d_end=500, r_end=800, r_max=RENORM_LIMITS[0], d_max=RENORM_LIMITS[1])
     step = 1000 * progress
     return {"r_max": limits.r_max(step), "d_max": limits.d_max(step)}
@@ -114,6 +119,7 @@ def _cross_iteration(
         window_size=None if phase is None else jnp.where(phase.progress < BURN_IN, 1, WINDOW),
         use_running_average=phase is None,
         momentum=settings.momentum,
+        running_var_correction=1,
         activation=settings.activation,  # pyright: ignore[reportArgumentType]
     )
     return y, state
@@ -152,7 +158,7 @@ def _weight_norm(
 def _weight_norm_init(settings: Settings, kernel: jax.Array, inputs: jax.Array, linear_op: LinearOp) -> tuple[Params, State]:
     """From data: with this scale, outputs have the variance 1 on the inputs given here."""
     scale, bias, _ = reparam.weight_norm_data_init(linear_op(inputs, reparam.weight_norm(kernel)), mean_only=True)
-    return {"kernel": kernel, "scale": scale, "bias": bias}, jnorm.mean_only_batch_norm_state(kernel.shape[-1])
+    return {"kernel": kernel, "scale": scale, "bias": bias}, jnorm.mean_only_batch_norm_state(kernel.shape[-1], track_count=True)
 
 
 def _propagation(
@@ -170,35 +176,43 @@ def _propagation(
 
 
 def _batch_state(kernel: jax.Array) -> Any:
-    return jnorm.batch_norm_state(kernel.shape[-1])
+    return jnorm.batch_norm_state(kernel.shape[-1], track_count=True)
 
 
-_batch_norm = _with_state(_batch_state), _of_batches(jnorm.batch_norm)
+_batch_norm = _with_state(_batch_state), _of_batches(jnorm.batch_norm, _unbiased)
 
 METHODS = {
     "none": Method("no norm", _no_norm_init, _no_norm),
     "batch_norm": Method("BN", *_batch_norm),
-    "layer_norm": Method("LN", _without_state, _of_samples(partial(jnorm.group_norm, num_groups=1))),
-    "instance_norm": Method("IN", _without_state, _of_samples(jnorm.instance_norm)),
-    "group_norm": Method("GN", _without_state, _of_samples(partial(jnorm.group_norm, num_groups=GROUPS))),
+    "layer_norm": Method("LN", without_state, _of_samples(partial(jnorm.group_norm, num_groups=1))),
+    "instance_norm": Method("IN", without_state, _of_samples(jnorm.instance_norm)),
+    "group_norm": Method("GN", without_state, _of_samples(partial(jnorm.group_norm, num_groups=GROUPS))),
     "batch_renorm": Method(
-        "BRN", _with_state(lambda kernel: jnorm.batch_renorm_state(kernel.shape[-1])), _of_batches(jnorm.batch_renorm, _renorm_limits)
+        "BRN",
+        _with_state(lambda kernel: jnorm.batch_renorm_state(kernel.shape[-1], track_count=True)),
+        _of_batches(jnorm.batch_renorm, _renorm_limits),
     ),
     "filter_response_norm": Method("FRN + TLU", _filter_response_init, _filter_response),
     "weight_norm": Method("WN + mean-only BN", _weight_norm_init, _weight_norm),
     "cross_iteration_batch_norm": Method(
-        "CBN", _with_state(lambda kernel: jnorm.cross_iteration_batch_norm_state(kernel.shape, window=WINDOW)), _cross_iteration
+        "CBN",
+        _with_state(lambda kernel: jnorm.cross_iteration_batch_norm_state(kernel.shape, window=WINDOW, track_count=True)),
+        _cross_iteration,
     ),
     "ghost_batch_norm": Method(
         f"ghost BN, {GHOST_SIZE}",
         _with_state(_batch_state),
-        _of_batches(jnorm.ghost_batch_norm, lambda settings, _: {"group_size": min(GHOST_SIZE, settings.batch_size)}),
+        _of_batches(
+            jnorm.ghost_batch_norm, lambda settings, done: {"group_size": min(GHOST_SIZE, settings.batch_size), **_unbiased(settings, done)}
+        ),
     ),
     "cross_mini_batch_norm": Method(
         "CmBN, accumulated",
-        _with_state(lambda kernel: jnorm.cross_mini_batch_norm_state(kernel.shape[-1])),
-        _of_batches(jnorm.cross_mini_batch_norm, lambda settings, _: {"num_mini_batches": settings.num_mini_batches}),
+        _with_state(lambda kernel: jnorm.cross_mini_batch_norm_state(kernel.shape[-1], track_count=True)),
+        _of_batches(
+            jnorm.cross_mini_batch_norm, lambda settings, done: {"num_mini_batches": settings.num_mini_batches, **_unbiased(settings, done)}
+        ),
     ),
     "accumulated_batch_norm": Method("BN, accumulated", *_batch_norm),
-    "normalization_propagation": Method("norm propagation", _without_state, _propagation),
+    "normalization_propagation": Method("norm propagation", without_state, _propagation),
 }

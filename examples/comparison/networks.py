@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from comparison.methods import Method, Phase, Settings
+from comparison.methods import LinearOp, Method, Phase, Settings
 from digits_data import NUM_CLASSES
 
 he_normal = jax.nn.initializers.he_normal()
@@ -42,16 +42,36 @@ def head(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 def cnn(method: Method, settings: Settings, widths: tuple[int, ...] = (16, 32, 32)) -> Network:
     """3x3 convolutions, each with its norm and activation, with a 2x2 average pooling between two of them, and a dense layer."""
+    return _stack(method, settings, widths, convolve, (3, 3), lambda i, x: pool(x) if i else x)
+
+
+def mlp(
+    method: Method, settings: Settings, widths: tuple[int, ...] = (100, 100, 100), initializer: jax.nn.initializers.Initializer = he_normal
+) -> Network:
+    """Dense layers, each with its norm and activation, and one more. A feature has as many values as the batch has images."""
+    return _stack(method, settings, widths, jnp.matmul, (), lambda i, x: x.reshape(len(x), -1), initializer)
+
+
+def _stack(
+    method: Method,
+    settings: Settings,
+    widths: tuple[int, ...],
+    linear_op: LinearOp,
+    window: tuple[int, ...],
+    before: Callable[[int, jax.Array], jax.Array],
+    initializer: jax.nn.initializers.Initializer = he_normal,
+) -> Network:
+    """`before(i, x)` is what layer i is given; the kernels are of shape (*window, inputs, outputs)."""
 
     def init(key: jax.Array, images: jax.Array) -> tuple[Any, Any]:
         *keys, head_key = jax.random.split(key, len(widths) + 1)
         x, params, state = images, [], []
         for i, (layer_key, width) in enumerate(zip(keys, widths, strict=True)):
-            x = pool(x) if i else x
-            kernel = he_normal(layer_key, (3, 3, x.shape[-1], width))
-            layer, layer_state = method.init(settings, kernel, x, convolve)
+            x = before(i, x)
+            kernel = initializer(layer_key, (*window, x.shape[-1], width))
+            layer, layer_state = method.init(settings, kernel, x, linear_op)
             # In training mode: a layer that is initialized from data sees what the layers before it will give it.
-            x, _ = method.apply(settings, layer, layer_state, x, convolve, Phase(jnp.float32(0), key))
+            x, _ = method.apply(settings, layer, layer_state, x, linear_op, Phase(jnp.float32(0), key))
             params.append(layer)
             state.append(layer_state)
         return {"layers": params, "head": init_head(head_key, x[0].size)}, state
@@ -59,33 +79,7 @@ def cnn(method: Method, settings: Settings, widths: tuple[int, ...] = (16, 32, 3
     def apply(params: Any, state: Any, x: jax.Array, phase: Phase | None) -> tuple[jax.Array, Any]:
         new_state = []
         for i, (layer, layer_state) in enumerate(zip(params["layers"], state, strict=True)):
-            x, layer_state = method.apply(settings, layer, layer_state, pool(x) if i else x, convolve, phase)
-            new_state.append(layer_state)
-        return head(params["head"], x), new_state
-
-    return Network(init, apply)
-
-
-def mlp(
-    method: Method, settings: Settings, widths: tuple[int, ...] = (100, 100, 100), initializer: jax.nn.initializers.Initializer = he_normal
-) -> Network:
-    """Dense layers, each with its norm and activation, and one more. A feature has as many values as the batch has images."""
-
-    def init(key: jax.Array, images: jax.Array) -> tuple[Any, Any]:
-        *keys, head_key = jax.random.split(key, len(widths) + 1)
-        x, params, state = images.reshape(len(images), -1), [], []
-        for layer_key, width in zip(keys, widths, strict=True):
-            kernel = initializer(layer_key, (x.shape[-1], width))
-            layer, layer_state = method.init(settings, kernel, x, jnp.matmul)
-            x, _ = method.apply(settings, layer, layer_state, x, jnp.matmul, Phase(jnp.float32(0), key))
-            params.append(layer)
-            state.append(layer_state)
-        return {"layers": params, "head": init_head(head_key, x.shape[-1])}, state
-
-    def apply(params: Any, state: Any, x: jax.Array, phase: Phase | None) -> tuple[jax.Array, Any]:
-        x, new_state = x.reshape(len(x), -1), []
-        for layer, layer_state in zip(params["layers"], state, strict=True):
-            x, layer_state = method.apply(settings, layer, layer_state, x, jnp.matmul, phase)
+            x, layer_state = method.apply(settings, layer, layer_state, before(i, x), linear_op, phase)
             new_state.append(layer_state)
         return head(params["head"], x), new_state
 

@@ -13,7 +13,7 @@ import jnorm
 from comparison.data import Task, shuffled
 from comparison.methods import Phase
 from comparison.networks import Network, convolve, he_normal, head, init_head, pool
-from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
+from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent, with_interval
 from comparison.style import figure
 from comparison.training import Plan, Probe, errors, reestimated, running_momentum, trainer, tuned_runs
 
@@ -56,6 +56,7 @@ def _layers(order: str, dropped: tuple[int, ...], params: Any, state: Any, x: ja
             layer["bias"],
             use_running_average=phase is None,
             momentum=running_momentum(BATCH_SIZE),
+            running_var_correction=1,
             activation="relu" if order == "before" else None,
         )
         if phase is not None and i in dropped:
@@ -73,7 +74,7 @@ def _network(layers: Layers) -> Network:
             kernel, zeros = he_normal(layer_key, (3, 3, inputs, width)), jnp.zeros(width)
             made.append({"kernel": kernel, "scale": jnp.ones(width), "bias": zeros, "offset": zeros})  # the offset only before a relu
             inputs = width
-        state = [jnorm.batch_norm_state(width) for width in WIDTHS]
+        state = [jnorm.batch_norm_state(width, track_count=True) for width in WIDTHS]
         outputs = jax.eval_shape(lambda: layers(made, state, images[:1], None)[0])
         return {"layers": made, "head": init_head(head_key, outputs.size)}, state
 
@@ -123,8 +124,7 @@ def grids(records: Records) -> list[Grid]:
         return [*_name(job), *errors, f"{record['learning_rate']:.2g}"]
 
     def ratios(job: str, record: Record) -> list[str]:
-        intervals = [mean_and_interval(ratio) for ratio in np.transpose(record["variance_ratios"])]
-        return [*_name(job), *(f"{mean:.3f} ± {half:.3f}" for mean, half in intervals)]
+        return [*_name(job), *(with_interval(ratio, 3) for ratio in np.transpose(record["variance_ratios"]))]
 
     return [
         Grid(

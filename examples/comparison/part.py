@@ -71,14 +71,18 @@ def mean_and_interval(values: Any) -> tuple[float, float]:
 
 def percent(errors: Any) -> str:
     """Shares such as errors, one a seed, as their mean and interval in percent."""
-    mean, half = mean_and_interval(errors)
-    return f"{100 * mean:.2f} ± {100 * half:.2f}"
+    return with_interval(100 * np.asarray(errors))
+
+
+def with_interval(values: Any, digits: int = 2) -> str:
+    """Numbers, one a seed, as their mean and interval; the mean alone of a single seed."""
+    mean, half = mean_and_interval(values)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 
 def thousandths(losses: Any) -> str:
     """Losses, one a seed, as their mean and interval times 1000."""
-    diverged = int(np.isnan(losses).sum())
+    diverged = int((~np.isfinite(losses)).sum())
     if diverged:
         return f"{diverged} of {len(losses)} diverged"
-    mean, half = mean_and_interval(losses)
-    return f"{1000 * mean:.1f} ± {1000 * half:.1f}"
+    return with_interval(1000 * np.asarray(losses), 1)

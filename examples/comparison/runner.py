@@ -1,6 +1,7 @@
 """Runs the jobs of the parts, several processes at once, and keeps each record on disk: what was done once is not done again."""
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 
+import jnorm
 from comparison.data import Task, load_task
 from comparison.part import Job, Part, Record, Records, Setup
 
@@ -22,16 +24,23 @@ def load_record(path: Path, setup: Setup, job: Job) -> Record | None:
         stored = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return stored["record"] if (stored["setup"], stored["options"]) == (_plain(setup), _plain(job.options)) else None
+    made_with = _made_with(setup, job)
+    return stored["record"] if {name: stored.get(name) for name in made_with} == made_with else None
 
 
 def save_record(path: Path, setup: Setup, job: Job, record: Record, seconds: float) -> None:
-    stored: Record = {"setup": _plain(setup), "options": _plain(job.options), "seconds": round(seconds, 1), "jax": jax.__version__}
-    stored["record"] = record
+    stored = _made_with(setup, job) | {"seconds": round(seconds, 1), "record": record}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")  # so that an interrupted run leaves no half of a record
     partial.write_text(json.dumps(stored, indent=1))
     partial.replace(path)
+
+
+def _made_with(setup: Setup, job: Job) -> dict[str, Any]:
+    """What a record depends on: with another of these, or after a change of the code, it is made again."""
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    versions = {"jax": jax.__version__, "jnorm": jnorm.__version__, "code": hashlib.sha256(code).hexdigest()}
+    return {"setup": _plain(setup), "options": _plain(job.options), **versions}
 
 
 def _plain(value: Any) -> Any:
@@ -62,8 +71,9 @@ def _path(folder: Path, part: Part, job: Job) -> Path:
 
 
 def _executed(jobs: list[tuple[Part, Job]], setup: Setup, workers: int) -> Iterator[tuple[Part, Job, Record, float]]:
+    if jobs:
+        _start(setup)  # here too: data that cannot be read is found out before any process is started
     if workers == 1 or len(jobs) < 2:
-        _start(setup)
         for part, job in jobs:
             yield part, job, *_execute(part.run, setup, job)
         return

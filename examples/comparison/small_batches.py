@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from comparison.data import Task, shuffled
-from comparison.methods import METHODS, Settings
+from comparison.methods import GHOST_SIZE, METHODS, Settings
 from comparison.networks import cnn, mlp
 from comparison.part import Grid, Job, Part, Record, Records, Setup, percent, thousandths
 from comparison.style import figure, plain_ticks, plot_interval
@@ -27,7 +27,13 @@ def jobs(setup: Setup) -> list[Job]:
         for method in METHODS
         if method != "normalization_propagation" and not (network == "mlp" and method in WITH_POSITIONS)
         if not setup.quick or (network, method) in QUICK
+        if not _is_batch_norm(method, size)
     ]
+
+
+def _is_batch_norm(method: str, size: int) -> bool:
+    """One mini-batch an update, or one group a batch: another name for the same training."""
+    return (method in ACCUMULATED and size == LARGEST) or (method == "ghost_batch_norm" and size <= GHOST_SIZE)
 
 
 QUICK = [("cnn", "batch_norm"), ("cnn", "cross_iteration_batch_norm"), ("cnn", "cross_mini_batch_norm"), ("mlp", "filter_response_norm")]

@@ -55,6 +55,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def is_wrong(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """A run that diverged has no answer: that the largest of NaN is called class 0 is not one."""
+    return (jnp.argmax(logits, -1) != labels) | ~jnp.isfinite(logits).all(-1)
+
+
 def errors(network: Network, task: Task, names: Sequence[str] = Task._fields) -> Probe:
     """The probe that all comparisons are made with: error and loss on these parts of the images."""
 
@@ -64,8 +69,7 @@ def errors(network: Network, task: Task, names: Sequence[str] = Task._fields) ->
     def probe(params: Any, state: Any) -> dict[str, jax.Array]:
         logits, _ = network.apply(params, state, images, None)  # of all in one: the network is compiled once
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        # A run that diverged has no answer; that the largest of NaN is called class 0 is not one.
-        wrong = (jnp.argmax(logits, -1) != labels) | ~jnp.isfinite(losses)
+        wrong = is_wrong(logits, labels)
         ends = np.cumsum([len(part.labels) for part in parts.values()])[:-1]
         return {
             f"{name}_{kind}": share.mean()
@@ -83,6 +87,8 @@ def trainer(network: Network, task: Task, plan: Plan, probe: Probe) -> Train:
     def train(learning_rate: jax.Array, key: jax.Array, order: jax.Array) -> tuple[Any, ...]:
         order = order.reshape(-1, plan.num_mini_batches, order.shape[-1])
         updates = len(order)
+        if updates % plan.probes:
+            raise ValueError(f"{updates} updates cannot be measured {plan.probes} times at even distances")
         optimizer = optax.sgd(lambda count: learning_rate * (1 - count / updates if plan.decay else 1), momentum=MOMENTUM)
         init_key, key = jax.random.split(key)
         params, state = network.init(init_key, images[:INIT_IMAGES])
@@ -120,7 +126,7 @@ def trainer(network: Network, task: Task, plan: Plan, probe: Probe) -> Train:
             return carry, (values, probe(*carry[:2]))
 
         steps = jnp.arange(updates, dtype=jnp.float32), order
-        cut = jax.tree.map(lambda a: a[: updates // plan.probes * plan.probes].reshape(plan.probes, -1, *a.shape[1:]), steps)
+        cut = jax.tree.map(lambda a: a.reshape(plan.probes, -1, *a.shape[1:]), steps)
         first = probe(params, state) if plan.at_start else None
         (params, state, _), (values, probed) = lax.scan(stretch, (params, state, optimizer.init(params)), cut)
         if first is not None:

@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from comparison.data import Task, shuffled
 from comparison.methods import METHODS, Method, Phase, Settings
 from comparison.networks import mlp
-from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent
+from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent, with_interval
 from comparison.style import figure, look
 from comparison.training import Plan, Probe, cross_entropy, errors, running_momentum, trainer, tuned_runs
 
 BATCH_SIZE = 64
 LONGER = 4  # times as many epochs as the other parts: a small network that learns slowly
 PERCENTILES = (15, 50, 85)
-SATURATED = 0.02  # so near 0 or 1 a sigmoid passes on a thirteenth, at most, of the gradient that it passes in its middle
+SATURATED = 0.02  # so near 0 or 1 a sigmoid passes on less than a twelfth of the gradient that it passes in its middle
 UNITS = 10  # of the last hidden layer, whose inputs are looked at: the first ones
 ACCURACIES = (0.8, 0.9, 0.95)
 FIRST, LAST = 0, 2  # of the hidden layers
@@ -87,7 +87,7 @@ def grids(records: Records) -> list[Grid]:
     ]
     headings = ["", "test error in %", *(f"updates to {100 * a:.0f} %" for a in ACCURACIES), "learning rate"]
     inside = [
-        [METHODS[method].label, *map(_plain, (*_ratios(record), *(record[name] for name in INSIDE))), percent(record["saturated"])]
+        [METHODS[method].label, *map(with_interval, (*_ratios(record), *(record[name] for name in INSIDE))), percent(record["saturated"])]
         for method, record in records.items()
     ]
     heading = "Inside: norm of the first hidden layer's gradient over that of the third's; inputs of the third's sigmoids (15th to 85th "
@@ -102,19 +102,13 @@ def grids(records: Records) -> list[Grid]:
 INSIDE = ("spread_at_start", "spread_at_end", "range_of_median")
 
 
-def _plain(values: Any) -> str:
-    mean, half = mean_and_interval(values)
-    return f"{mean:.2f} ± {half:.2f}"
-
-
 def _updates_to(record: Record, accuracy: float) -> str:
     """A seed that never gets there has no number; then it is said how many do."""
     there = np.less_equal(record["test_errors"], 1 - accuracy)
     arrived = np.any(there, axis=1)
     if not arrived.all():
         return f"{np.sum(arrived)} of {arrived.size} seeds"
-    mean, half = mean_and_interval(np.array(record["updates"])[np.argmax(there, axis=1)])
-    return f"{mean:.0f} ± {half:.0f}"
+    return with_interval(np.array(record["updates"])[np.argmax(there, axis=1)], 0)
 
 
 def _ratios(record: Record) -> tuple[np.ndarray, np.ndarray]:
