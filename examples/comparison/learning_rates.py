@@ -22,7 +22,7 @@ LEARNING_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30
 BATCH_SIZE = 32
 EVERY = 4  # updates between two measurements
 ACCURACIES = (90, 95)  # of the validation images, in %
-CLOSE = 0.01  # in test error, to that of the best rate
+LOW = 0.05  # of a mean test error
 NEVER = "–"
 
 
@@ -51,7 +51,6 @@ def run(setup: Setup, task: Task, options: dict[str, Any]) -> Record:
         runs = train([rate] * len(seeds), seeds)
         measured = runs.probed["validation_error"]
         keep("validation_error", measured[:, -1].tolist())
-        keep("validation_loss", np.nan_to_num(runs.last("validation_loss"), nan=np.inf).tolist())
         keep("test_error", test((runs.params, runs.state)).tolist())
         for accuracy in ACCURACIES:
             keep(f"updates_{accuracy}", _updates_to(measured, accuracy, updates // measured.shape[1]))
@@ -64,24 +63,15 @@ def _updates_to(validation_errors: np.ndarray, accuracy: int, every: int) -> lis
     return [int(every * (row.argmax() + 1)) if row.any() else None for row in reached]
 
 
-def _best_error(record: Record) -> int:
-    """The number of the learning rate with the least validation error over the tuning seeds, of equals with the least loss."""
-    error, loss = (np.mean(record["tuning"][name], 1) for name in ("validation_error", "validation_loss"))
-    return int(np.lexsort((loss, error))[0])
-
-
 def _fastest(record: Record, accuracy: int) -> int | None:
     """The number of the learning rate with which the tuning seeds, all of them, had the accuracy soonest."""
     means = [np.nan if None in updates else np.mean(updates) for updates in record["tuning"][f"updates_{accuracy}"]]
     return None if np.isnan(means).all() else int(np.nanargmin(means))
 
 
-def _close(record: Record) -> list[float]:
-    """The learning rates around the best one whose mean test error is close to its, or below."""
-    good, best = np.mean(record["test_error"], 1) <= np.mean(record["test_error"][_best_error(record)]) + CLOSE, _best_error(record)
-    low = best - int(np.argmin(np.append(good[best::-1], False))) + 1
-    high = best + int(np.argmin(np.append(good[best:], False)))
-    return record["learning_rates"][low:high]
+def _low(record: Record) -> list[float]:
+    """The learning rates with a low mean test error."""
+    return [rate for rate, errors in zip(record["learning_rates"], record["test_error"], strict=True) if np.mean(errors) < LOW]
 
 
 def _updates(updates: list[int | None]) -> str:
@@ -124,14 +114,8 @@ def _by_rate(records: Records, title: str, name: str, show: Any) -> Grid:
 
 
 def _range_grid(records: Records) -> Grid:
-    rows = []
-    for method, record in records.items():
-        best, close = _best_error(record), _close(record)
-        width = f"{min(close):g} to {max(close):g}"
-        rows.append([METHODS[method].label, f"{record['learning_rates'][best]:g}", percent(record["test_error"][best]), width])
-        rows[-1].append(f"{max(close) / min(close):.0f}")
-    headings = ["", "best rate", "test error there, %", f"rates within {100 * CLOSE:g} point of that error", "largest / smallest"]
-    return Grid("the range of learning rates", headings, rows)
+    rows = [[METHODS[method].label, ", ".join(f"{rate:g}" for rate in _low(record)) or NEVER] for method, record in records.items()]
+    return Grid("which learning rates train", ["", f"those with a mean test error below {100 * LOW:g} %"], rows)
 
 
 def _speed_grid(records: Records, which: str, choose: Any) -> Grid:
