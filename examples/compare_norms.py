@@ -101,7 +101,10 @@ def run_with_progress(setup: Setup, args: argparse.Namespace, console: Console) 
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         total = progress.add_task("all", total=sum(len(part.jobs(setup)) for part in args.only))
-        tasks = {part.number: progress.add_task(f"{part.number}. {part.title}", total=len(part.jobs(setup))) for part in args.only}
+        tasks = {
+            part.number: progress.add_task(f"{part.number}. {part.name.replace('_', ' ')}", total=len(part.jobs(setup)))
+            for part in args.only
+        }
 
         def report(part: Part) -> None:
             progress.advance(tasks[part.number])

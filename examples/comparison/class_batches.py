@@ -142,7 +142,7 @@ def draw(records: Records) -> Figure:
         axes[0].set_xscale("log")
         plain_ticks(axes[0].xaxis)
         axes[0].set_xlabel("test error in %, mean and 95 % interval")
-        axes[0].legend(title="trained on", loc="lower right")
+        axes[0].legend(title="trained on", loc="upper right")
 
     return figure(1, panel, height=4.6, width=8.5)
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +79,11 @@ def _executed(jobs: list[tuple[Part, Job]], setup: Setup, workers: int) -> Itera
             yield part, job, *_execute(part.run, setup, job)
         return
     # Most of a job is compilation, which uses one core; so processes, not threads, and new ones, since JAX's threads do not survive a fork.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (setup,)) as pool:
+    context = multiprocessing.get_context("spawn")
+    cores = context.SimpleQueue()
+    for i in range(workers):
+        cores.put(i)
+    with ProcessPoolExecutor(workers, context, _start_worker, (setup, cores)) as pool:
         futures = {pool.submit(_execute_or_describe, part.run, setup, job): (part, job) for part, job in jobs}
         try:
             for future in as_completed(futures):
@@ -95,6 +100,15 @@ _task: dict[Setup, Task] = {}  # of this process
 
 def _start(setup: Setup) -> None:
     _task[setup] = _task.get(setup) or load_task(setup.data_dir, setup.sizes)
+
+
+def _start_worker(setup: Setup, cores: Any) -> None:
+    """With a core of its own, where the system knows of such: XLA's threads would only be in each other's way."""
+    core = cores.get()
+    if hasattr(os, "sched_setaffinity"):
+        available = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {available[core % len(available)]})
+    _start(setup)
 
 
 def _execute(run: Callable[[Setup, Task, dict[str, Any]], Record], setup: Setup, job: Job) -> tuple[Record, float]:

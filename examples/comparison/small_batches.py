@@ -90,7 +90,9 @@ def draw(records: Records) -> Figure:
             panel.set_xlabel("images in a batch")
             panel.set_ylabel("test error in %, mean and 95 % interval")
             panel.set_title(what)
-        axes[0].legend(fontsize=8, ncols=2)
+        axes[0].set_yscale("linear")  # there all are near one another
+        handles, labels = axes[0].get_legend_handles_labels()
+        made.legend(handles, labels, loc="outside right center", fontsize=9)
 
     return figure(2, panels, height=5.4, width=6.4)
 
