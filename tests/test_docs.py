@@ -206,5 +206,5 @@ def test_what_is_documented_is_public_and_once():
 
 
 def test_every_page_is_in_the_table_of_contents():
-    tree = re.findall(r"^((?:guide|api)/\w+|benchmarks)$", text_of("index.md"), re.M)
+    tree = re.findall(r"^((?:guide|api)/\w+|benchmarks|norm_tables)$", text_of("index.md"), re.M)
     assert sorted(f"{p}.md" for p in tree) == [p for p in PAGES if p != "index.md"]
