@@ -14,7 +14,7 @@ import jnorm
 from comparison.data import Task, shuffled
 from comparison.methods import GROUPS, METHODS, LinearOp, Method, Params, Phase, Settings, State, without_state
 from comparison.networks import Network, convolve, he_normal, head, init_head, pool
-from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent, thousandths
+from comparison.part import Grid, Job, Part, Record, Records, Setup, geometric, tuned_grids
 from comparison.style import figure, look, plain_ticks
 from comparison.training import Plan, cross_entropy, errors, running_momentum, trainer, tuned_runs
 from jnorm import reparam
@@ -137,31 +137,20 @@ def _by_depth(records: Records, variant: str) -> list[tuple[int, Record]]:
 
 
 def grids(records: Records) -> list[Grid]:
-    made: list[Grid] = []
-    present = [depth for depth in DEPTHS if any(f"{variant}-{depth}" in records for variant in VARIANTS)]
-    for name, title, show in (
-        ("test_error", "test error in %, by the number of layers (90 is chance, a run that diverged counts as 100)", percent),
-        ("train_loss", "loss on the training images, in evaluation, times 1000", thousandths),
-        ("learning_rate", "the learning rate that was chosen", lambda rate: f"{rate:.2g}"),
-    ):
-        rows = []
-        for variant in VARIANTS:
-            found = dict(_by_depth(records, variant))
-            if found:
-                rows.append([VARIANTS[variant].label, *(show(found[d][name]) if d in found else "" for d in present)])
-        made.append(Grid(title, ["", *map(str, present)], rows))
+    titles = (
+        "test error in %, by the number of layers (90 is chance, a run that diverged counts as 100)",
+        "loss on the training images, in evaluation, times 1000",
+        "the learning rate that was chosen",
+    )
+    labels = {variant: VARIANTS[variant].label for variant in VARIANTS}
+    made = tuned_grids(titles, labels, DEPTHS, lambda variant, depth: records.get(f"{variant}-{depth}"))
     gradients = {
         variant: record["first_gradient"] for variant in VARIANTS for _, record in _by_depth(records, variant) if "first_gradient" in record
     }
-    rows = [[VARIANTS[variant].label, _geometric(values)] for variant, values in gradients.items()]
+    rows = [[VARIANTS[variant].label, geometric(values, ".2g")] for variant, values in gradients.items()]
     if not rows:
         return made
     return [*made, Grid(f"norm of the first kernel's gradient before any update, {DEPTHS[-1]} layers", ["", "geometric mean"], rows)]
-
-
-def _geometric(values: list[float]) -> str:
-    mean, half = mean_and_interval(np.log10(values))
-    return f"{10**mean:.2g} ({10 ** (mean - half):.2g} to {10 ** (mean + half):.2g})"
 
 
 def _quartiles(values: np.ndarray) -> np.ndarray:

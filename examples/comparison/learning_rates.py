@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from comparison.data import Task, shuffled
 from comparison.methods import METHODS, Settings
 from comparison.networks import cnn
-from comparison.part import Grid, Job, Part, Record, Records, Setup, mean_and_interval, percent, with_interval
+from comparison.part import Grid, Job, Part, Record, Records, Setup, geometric, percent, with_interval
 from comparison.style import figure, plain_ticks, plot_interval
 from comparison.training import TUNING_SEEDS, Plan, errors, running_momentum, trainer
 
@@ -86,8 +86,7 @@ def _times_fewer(without: list[int | None], with_norm: list[int | None]) -> str:
     """The geometric mean over the seeds of without / with, and its 95 % interval."""
     if None in without or None in with_norm:
         return NEVER
-    mean, half = mean_and_interval(np.log(np.array(without, float) / np.array(with_norm, float)))
-    return f"{np.exp(mean):.2f} ({np.exp(mean - half):.2f} to {np.exp(mean + half):.2f})"
+    return geometric(np.array(without, float) / np.array(with_norm, float), ".2f")
 
 
 def grids(records: Records) -> list[Grid]:

@@ -86,3 +86,27 @@ def thousandths(losses: Any) -> str:
     if diverged:
         return f"{diverged} of {len(losses)} diverged"
     return with_interval(1000 * np.asarray(losses), 1)
+
+
+def geometric(values: Any, form: str) -> str:
+    """Positive numbers, one a seed, as their geometric mean and its 95 % interval."""
+    mean, half = mean_and_interval(np.log(values))
+    middle, low, high = np.exp([mean, mean - half, mean + half])
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+def tuned_grids(
+    titles: Sequence[str], labels: dict[str, str], columns: Sequence[int], get: Callable[[str, int], Record | None]
+) -> list[Grid]:
+    """What tuned trainings found: test error, training loss and learning rate, each under its title, with a row for each of the labels."""
+    present = [column for column in columns if any(get(name, column) for name in labels)]
+    found = {name: [get(name, column) for column in present] for name in labels}
+    shown = (("test_error", percent), ("train_loss", thousandths), ("learning_rate", lambda rate: f"{rate:.2g}"))
+    return [
+        Grid(
+            title,
+            ["", *map(str, present)],
+            [[labels[name], *(show(one[key]) if one else "" for one in row)] for name, row in found.items() if any(row)],
+        )
+        for title, (key, show) in zip(titles, shown, strict=True)
+    ]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from comparison.data import Task, shuffled
 from comparison.methods import GHOST_SIZE, METHODS, Settings
 from comparison.networks import cnn, mlp
-from comparison.part import Grid, Job, Part, Record, Records, Setup, percent, thousandths
+from comparison.part import Grid, Job, Part, Record, Records, Setup, tuned_grids
 from comparison.style import figure, plain_ticks, plot_interval
 from comparison.training import Plan, errors, running_momentum, trainer, tuned_runs
 
@@ -56,20 +56,12 @@ def _get(records: Records, network: str, method: str, size: int) -> Record | Non
 
 
 def grids(records: Records) -> list[Grid]:
+    labels = {method: METHODS[method].label for method in METHODS}
+    headings = ("test error in %", "loss on the training images, in evaluation, times 1000", "the learning rate that was chosen")
     made = []
     for network, what in NETWORKS.items():
-        sizes = [size for size in BATCH_SIZES if any(_get(records, network, method, size) for method in METHODS)]
-        for name, heading, show in (
-            ("test_error", "test error in %", percent),
-            ("train_loss", "loss on the training images, in evaluation, times 1000", thousandths),
-            ("learning_rate", "the learning rate that was chosen", lambda rate: f"{rate:.2g}"),
-        ):
-            rows = []
-            for method in METHODS:
-                found = [_get(records, network, method, size) for size in sizes]
-                if any(found):
-                    rows.append([METHODS[method].label, *("" if record is None else show(record[name]) for record in found)])
-            made.append(Grid(f"{what}: {heading}, by batch size", ["", *map(str, sizes)], rows))
+        titles = [f"{what}: {heading}, by batch size" for heading in headings]
+        made += tuned_grids(titles, labels, BATCH_SIZES, partial(_get, records, network))
     return made
 
 
