@@ -1,6 +1,6 @@
 """Compares the norms of jnorm on images of handwritten digits, with equal budgets, learning rates tuned by one rule, and intervals.
 
-python examples/compare_norms.py                       # all parts; some half an hour on two cores
+python examples/compare_norms.py                       # all parts; some 20 minutes on two cores
 python examples/compare_norms.py --only 2,3            # some of them
 python examples/compare_norms.py --quick               # to see that everything works
 python examples/compare_norms.py --data-dir ~/mnist    # MNIST's IDX files instead of scikit-learn's digits
