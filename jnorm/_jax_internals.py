@@ -35,6 +35,11 @@ def manual_axes() -> frozenset:
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def mesh_axes() -> frozenset:
+    """The axes of the mesh that is set or in use here, whether they are manual or not."""
+    return frozenset(jax.sharding.get_abstract_mesh().axis_names)
+
+
 def types_track_varying() -> bool:
     """Whether `shard_map(check_vma=True)` is being traced."""
     return bool(manual_axes()) and bool(config._check_vma.value)
@@ -102,7 +107,7 @@ def mesh_and_spec(sharding: Any, mesh: Mesh, ndim: int) -> tuple[Any, tuple]:
     """
     devices, tiling = np.asarray(sharding._device_assignment, object), sharding._hlo_sharding
     if not mesh.empty:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, AssertionError):
             spec = sharding_impls.parse_flatten_op_sharding(tiling, mesh)[0]
             return mesh, tuple(spec) + (None,) * (ndim - len(spec))
     if tiling.is_replicated():

@@ -6,6 +6,7 @@ are all merged by :func:`combine`.
 """
 
 import math
+import operator
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._jax_internals import bound_axis_sizes, manual_axes, types_track_varying, varying_axes
+from ._jax_internals import bound_axis_sizes, manual_axes, mesh_axes, types_track_varying, varying_axes
 
-# Above this many participants two dependent all-reduces move less than one all-gather of everybody's statistics.
-GATHER_LIMIT = 64
+# Beyond either, two dependent all-reduces are the faster on most networks: they move less than one all-gather of everybody's statistics, and
+# do not wait for every participant in turn, as a ring does. docs/guide/collectives.md has the numbers.
+GATHER_LIMIT = 64  # participants
+GATHER_BYTES = 4 * 2**20  # received by each: 64 participants with 4,096 features in float32
 
 
 class Stats(NamedTuple):
@@ -138,6 +141,8 @@ def canonical_axis_names(
             raise ValueError("axis_index_groups was given without axis_name; pass the name of the axis that the groups divide.")
         return (), None
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if not all(isinstance(name, Hashable) for name in names):
+        raise TypeError(f"axis_name must be a name or a tuple of names, got {axis_name!r}.")
     if len(set(names)) != len(names):
         raise ValueError(f"axis_name={axis_name!r} names an axis twice.")
     sizes = bound_axis_sizes()
@@ -147,7 +152,7 @@ def canonical_axis_names(
         return names, None
     if len(names) != 1:
         raise ValueError(f"axis_index_groups divide a single named axis, but axis_name is {names!r}; pass one name.")
-    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    groups = _indices(axis_index_groups)
     if sorted(i for group in groups for i in group) != list(range(sizes[names[0]])):
         raise ValueError(f"axis_index_groups must hold every index of axis {names[0]!r} (0 to {sizes[names[0]] - 1}) once, got {groups}.")
     if len({len(group) for group in groups}) != 1:
@@ -155,7 +160,24 @@ def canonical_axis_names(
     return names, groups
 
 
+def _indices(groups: Any) -> tuple[tuple[int, ...], ...]:
+    try:
+        return tuple(tuple(operator.index(i) for i in group) for group in groups)
+    except TypeError:
+        raise TypeError(f"axis_index_groups must be a sequence of groups of ints, such as [[0, 1], [2, 3]], got {groups!r}.") from None
+
+
+def are_bound(axis_name: Hashable | Sequence[Hashable]) -> bool:
+    names, sizes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,), bound_axis_sizes()
+    return all(isinstance(name, Hashable) and name in sizes for name in names)
+
+
 def _check_bound(name: Hashable, sizes: dict) -> None:
+    if name in mesh_axes() - set(sizes):
+        raise ValueError(
+            f"axis_name {name!r} is not bound here: it is an axis of the mesh that the compiler partitions over, where statistics are "
+            "global without axis_name. Leave it out, or call inside jax.shard_map over that axis."
+        )
     if name not in sizes:
         bound = ", ".join(map(repr, sizes)) or "none"
         raise ValueError(
@@ -169,8 +191,14 @@ def _check_bound(name: Hashable, sizes: dict) -> None:
         )
 
 
-def _participants(names: AxisNames, groups: Groups) -> int:
+def participants(names: AxisNames, groups: Groups) -> int:
     return len(groups[0]) if groups else math.prod(lax.axis_size(n) for n in names)
+
+
+def gathers(values: Sequence[jax.Array], names: AxisNames, groups: Groups = None) -> bool:
+    """Whether everybody's values are few enough to be gathered. Where JAX takes no groups, those of all groups are."""
+    senders = participants(names, groups if groups and _collectives_take_groups(names[0]) else None)
+    return senders <= GATHER_LIMIT and senders * sum(v.nbytes for v in values) <= GATHER_BYTES
 
 
 def _collectives_take_groups(name: Hashable) -> bool:
@@ -235,6 +263,11 @@ def all_sum(values: Sequence[jax.Array], names: AxisNames, groups: Groups = None
     return [part.reshape(v.shape) for part, v in zip(jnp.split(flat, ends), values, strict=True)]
 
 
+def all_stack(values: Sequence[jax.Array], names: AxisNames, groups: Groups = None) -> jax.Array | None:
+    """Everybody's arrays of one shape, in one all-gather: (participants, arrays, ...). None where that is too much."""
+    return _gather(jnp.stack(values), names, groups) if gathers(values, names, groups) else None
+
+
 def all_concatenate(values: Sequence[jax.Array], names: AxisNames, axis: int) -> list[jax.Array]:
     """Join everybody's part of each array along one of its axes, all arrays (of one shape) in one all-gather.
 
@@ -244,13 +277,13 @@ def all_concatenate(values: Sequence[jax.Array], names: AxisNames, axis: int) ->
 
 
 def all_combine(stats: Stats, names: AxisNames, groups: Groups = None, partitioned: bool = False) -> Stats:
-    """Merge statistics over the named axes: one all-gather, or two all-reduces above 64 participants.
+    """Merge statistics over the named axes: one all-gather, or two all-reduces above 64 participants or 4 MiB.
 
     `partitioned`: the names are mesh axes inside one device's part of a program that the compiler partitions.
     """
     if not names:
         return stats
-    if _participants(names, groups) <= GATHER_LIMIT:
+    if gathers(stats, names, groups):
         packed = _gather(jnp.stack(stats), names, groups, partitioned)
         return combine(Stats(*(packed[:, i] for i in range(4))), 0)
     count, weighted = all_sum([stats.count, stats.count * stats.center], names, groups)
@@ -259,4 +292,6 @@ def all_combine(stats: Stats, names: AxisNames, groups: Groups = None, partition
     first, second = all_sum([stats.count * deviation, stats.m2 + stats.count * deviation**2], names, groups)
     shift = first / jnp.maximum(count, 1)
     center, offset = two_sum(near_mean, shift)
-    return Stats(count, center, offset, finite(jnp.maximum(second - count * shift**2, 0)))
+    # What has overflowed stays so: infinity less infinity is not a number.
+    m2 = jnp.where(second == jnp.inf, second, jnp.maximum(second - count * shift**2, 0))
+    return Stats(count, center, offset, finite(m2))
