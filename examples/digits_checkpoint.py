@@ -36,7 +36,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         checkpointer.save(path.resolve(), args=ocp.args.Composite(arrays=arrays, metadata=ocp.args.JsonSave(metadata)), force=True)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, sharding: jax.sharding.Sharding | None = None) -> Checkpoint:
+    """Reads a checkpoint, wherever it was written, onto the devices of `sharding`: the first one of this process where it is None."""
     if not path.exists():
         raise DigitsError(f"there is no checkpoint at {path}: train first, or give its place with --checkpoint")
     if not _is_checkpoint(path):
@@ -50,6 +51,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             arch = Architecture(**{**fields, "image_shape": tuple(fields["image_shape"])})
             # The expected shapes, without computing anything: a checkpoint of another network does not pass.
             params, state = jax.eval_shape(lambda: init_model(arch, jax.random.key(0)))
+            # Said for each array: else Orbax looks for the devices that it was written from, which may not be there.
+            there = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            params, state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), (params, state))
             expected = ocp.args.StandardRestore({"params": params, "state": state})
             arrays = checkpointer.restore(path.resolve(), args=ocp.args.Composite(arrays=expected)).arrays
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
