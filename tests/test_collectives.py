@@ -31,6 +31,18 @@ def elements(dims):
     return int(np.prod([int(d) for d in dims.split(",") if d]))
 
 
+ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
+
+
+def traffic(compiled, participants=8):
+    """-> [(kind, bytes that each device sends)], sorted: of an all-gather, whose result has everybody's, the device's own part."""
+    found = []
+    for result, kind in COLLECTIVE.findall(compiled.as_text()):
+        size = sum(int(bits) // 8 * elements(dims) for _, bits, dims in ARRAY.findall(result))
+        found.append((kind, size // participants if kind == "all-gather" else size))
+    return sorted(found)
+
+
 def kinds(compiled):
     return sorted(kind for kind, _ in collectives(compiled))
 

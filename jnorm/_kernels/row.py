@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._stats import all_sum, isolate, two_sum
+from .._stats import Stats, all_concatenate, all_sum, combine, gathers, isolate, two_sum
 from . import _native
 from ._forms import (
     DOWN,
@@ -48,7 +48,7 @@ from ._forms import (
     usable,
     wider_dtype,
 )
-from ._op import Op, Spans, adjoint
+from ._op import Op, Spans, adjoint, one_device
 
 # A row that deviates by more than a limit is multiplied by the power beside it, the last that applies: its squares are then in range, and
 # not so small that they vanish.
@@ -107,19 +107,42 @@ def row_norm_form(
         x, args = added(x, args[0]), args[1:]
     scale, bias, *mask = args
     m = mask[0] if mask else None
-    if branch and not spans(axes):
-        stats = _branching_stats(x, m, axes, centered, spans)
+    if spans(axes) and gathers([count(x, m, axes, one_device)] * 5, spans(axes)):
+        n, stats = _merged_stats(x, m, axes, centered, spans(axes))
     else:
-        power = _power(x, m, axes, centered, spans)
-        stats = (power, *_stats(x, m, power, axes, centered, spans))
+        n = count(x, m, axes, spans)
+        stats = (_branching_stats if branch and not spans(axes) else _scaled_stats)(x, m, axes, centered, spans)
     power, center, offset, square = stats
     total = square + epsilon * power * power
     # Nothing counted, or no deviation in a row so large that epsilon vanishes beside it: the bias.
-    nothing = (count(x, m, axes, spans) == 0) | (total == 0)
+    nothing = (n == 0) | (total == 0)
     rstd = jnp.where(nothing, 0, lax.rsqrt(jnp.where(nothing, 1, total)))
     kept = RowStats(power, center, offset, rstd)
     y = activate(act, _Row(x, kept, scale, bias, m, centered).z()).astype(dtype)
     return [y, *([x] if adds else []), *kept]
+
+
+def _scaled_stats(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], centered: bool, spans: Spans) -> tuple:
+    power = _power(x, mask, axes, centered, spans)
+    return power, *_stats(x, mask, power, axes, centered, spans)
+
+
+def _merged_stats(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], centered: bool, names: tuple) -> tuple[jax.Array, tuple]:
+    """Count and statistics of rows that several devices have parts of, each of which sends its own: one all-gather.
+
+    The power is the least of theirs, or less where it is the devices' means that are far apart.
+    """
+    own = count(x, mask, axes, one_device), *_scaled_stats(x, mask, axes, centered, one_device)
+    n, power, center, offset, square = all_concatenate([a[None] for a in own], names, 0)
+    means = center * DOWN / power
+    near = (n / jnp.maximum(n.sum(0, keepdims=True), 1) * means).sum(0, keepdims=True)
+    far = jnp.where(n > 0, jnp.abs(means - near), 0).max(0, keepdims=True)
+    least = jnp.where(n > 0, power, 1).min(0, keepdims=True)
+    for limit, factor in _POWERS[far.dtype.name]:
+        least = jnp.where(far > limit * DOWN, jnp.minimum(least, factor), least)
+    less = least / power
+    stats = combine(Stats(n, center * less, offset * less, n * square * less * less), 0)
+    return stats.count, (least[0], stats.center, stats.offset, stats.var)
 
 
 def _branching_stats(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], centered: bool, spans: Spans) -> tuple:
@@ -127,8 +150,7 @@ def _branching_stats(x: jax.Array, mask: jax.Array | None, axes: Sequence[int], 
     center, offset, square = _stats(x, mask, jnp.ones((), read(x).dtype), axes, centered, spans)
 
     def rescaled() -> tuple:
-        power = _power(x, mask, axes, centered, spans)
-        return power, *_stats(x, mask, power, axes, centered, spans)
+        return _scaled_stats(x, mask, axes, centered, spans)
 
     return lax.cond(jnp.isfinite(square).all(), lambda: (jnp.ones_like(square), center, offset, square), rescaled)
 
