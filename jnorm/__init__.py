@@ -41,9 +41,11 @@ from ._norms.local_response_norm import local_response_norm as local_response_no
 from ._norms.mean_only_batch_norm import mean_only_batch_norm as mean_only_batch_norm
 from ._norms.mean_only_batch_norm import mean_only_batch_norm_state as mean_only_batch_norm_state
 from ._norms.tracked_instance_norm import tracked_instance_norm as tracked_instance_norm
+from ._pipeline.accumulate import accumulated_moments as accumulated_moments
 from ._pipeline.axes import pad_batch as pad_batch
 from ._pipeline.moments import moments as moments
 from ._pipeline.normalize import normalize as normalize
+from ._pipeline.running import update_running as update_running
 from ._stats import Stats as Stats
 from ._stats import combine as combine
 
@@ -51,6 +53,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Stats",
+    "accumulated_moments",
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
@@ -90,4 +93,5 @@ __all__ = [
     "thresholded_linear_unit",
     "tracked_instance_norm",
     "unstandardize_features",
+    "update_running",
 ]

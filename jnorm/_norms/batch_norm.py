@@ -61,6 +61,13 @@ def batch_norm_map(epsilon: float, stats: Stats, aux: BatchNormAux) -> tuple[jax
     return shift, *affine(mul, aux.scale, aux.bias)
 
 
+def _map_of_given(epsilon: float, stats: Stats, aux: tuple[Stats, BatchNormAux]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """batch_norm_map of the statistics that were given, seen from their center, which in `stats` is a constant to the derivative."""
+    given, running = aux
+    shift = (given.center - stats.center) + given.offset
+    return batch_norm_map(epsilon, Stats(given.count, stats.center, shift, given.m2), running)
+
+
 def _run_complex(batch: Batch, epsilon: float, aux: BatchNormAux) -> tuple[jax.Array, Stats]:
     """Complex x as real and imaginary parts in one more feature axis, last, over which m2 is added; scale and bias are real."""
     x, layout = batch.x, batch.layout
@@ -113,6 +120,7 @@ def batch_norm(
     residual: jax.Array | None = None,
     dtype: Any = None,
     save: Save = "input",
+    statistics: Stats | None = None,
 ) -> tuple[jax.Array, BatchNormState]:
     r"""Batch normalization: each feature over the batch and all other axes.
 
@@ -147,14 +155,18 @@ def batch_norm(
         anyway, so that this halves what a deep network keeps. The size of scale is then at least 2⁻¹⁰, in y too. For real x, y of its
         dtype, no residual, and no activation, "leaky_relu" or a callable.
         See the guide on kernels for what it costs in accuracy.
+      statistics: normalize with these, of a larger batch that x is a part of, in place of those of x, which are not taken; from
+        :func:`moments`, :func:`combine` or :func:`accumulated_moments`, of the shape of the features. Differentiable, so that the chain
+        rule through them is exact. They are merged over devices already: no axis name merges them, and no mask changes them. Where the
+        state moves, it is by them. For real x.
 
     Returns:
       y of x's shape, and the state: the same keys, shapes and dtypes. Where nothing updates it is the object that was given.
 
     Raises:
       ValueError: shapes, axes, names, groups or a static momentum that do not fit; no axis to reduce; `momentum=None` without a count;
-        `save="output"` where x cannot be told from y.
-      TypeError: x is not floating or complex; complex x with a real state.
+        `save="output"` where x cannot be told from y; statistics of another shape, or together with `use_running_average=True`.
+      TypeError: x is not floating or complex; complex x with a real state, or with statistics.
 
     Numerics:
       Statistics in at least float32 from x as given; stable for a mean 1e4 times the spread; right as long as the sum of squared
@@ -165,8 +177,9 @@ def batch_norm(
 
     Distributed:
       One packed all-gather of count, mean (two floats) and m2 up to 64 participants, two all-reduces above; one all-reduce of 2C numbers
-      backward; none in evaluation. Shards may be uneven, masked or empty. With `check_vma=True` JAX sums the gradients of scale and
-      bias; elsewhere they are local and the caller sums them.
+      backward; none in evaluation, or where `statistics` are given. Shards may be uneven, masked or empty. With `check_vma=True` JAX sums
+      the gradients of scale, bias and given statistics; elsewhere they are local and the caller sums them (those of statistics need
+      nothing: the function that merged them does).
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jnorm
@@ -185,7 +198,7 @@ def batch_norm(
     batch = Batch.of(
         "batch_norm", x, scale, bias, use_running_average=use_running_average, update_running=update_running,
         feature_axes=feature_axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, activation=activation,
-        residual=residual, dtype=dtype, save=save, allow_complex=True,
+        residual=residual, dtype=dtype, save=save, allow_complex=True, statistics=statistics,
     )  # fmt: skip
     is_complex, epsilon = jnp.iscomplexobj(batch.x), check_epsilon(epsilon)
     check_state(state, batch.layout.feature_shape, is_complex)
@@ -195,6 +208,8 @@ def batch_norm(
     aux = BatchNormAux(mean, var, batch.scale, batch.bias)
     if is_complex:
         y, stats = _run_complex(batch, epsilon, aux)
+    elif batch.given is not None:
+        y, stats = batch.run(functools.partial(_map_of_given, epsilon), (batch.given, aux), mean)
     else:
         y, stats = batch.run(functools.partial(batch_norm_map, epsilon), aux, mean)
     if not batch.updates:

@@ -9,7 +9,7 @@ from jax import lax
 from jax.core import Tracer
 
 from .._kernels._forms import ACTIVATIONS, INVERTIBLE
-from .._stats import AxisNames, Groups, canonical_axis_names, stats_dtype
+from .._stats import AxisNames, Groups, Stats, are_bound, canonical_axis_names, stats_dtype
 from ..typing import Activation, AxisIndexGroups, AxisName, Mask, Save
 from .axes import Layout
 
@@ -21,7 +21,10 @@ class Across(NamedTuple):
     groups: Groups = None
 
     @classmethod
-    def of(cls, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None) -> "Across":
+    def of(cls, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None, needed: bool = True) -> "Across":
+        """Where they are not `needed`, as in evaluation, which merges nothing, names that are not bound are none."""
+        if not needed and axis_name is not None and not are_bound(axis_name):
+            return cls()
         return cls(*canonical_axis_names(axis_name, axis_index_groups))
 
 
@@ -131,6 +134,40 @@ def check_affine(value: Any, name: str, layout: Layout, x: jax.Array, of: str = 
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
         raise TypeError(f"{name} must be real, got {value.dtype}.")
     return value.astype(jnp.finfo(stats_dtype(x.dtype)).dtype)
+
+
+def check_statistics(statistics: Any) -> Stats:
+    """Real arrays of one shape, of a dtype of statistics."""
+    if not isinstance(statistics, Stats):
+        raise TypeError(
+            f"statistics must be jnorm.Stats, which jnorm.moments, combine and accumulated_moments return, got {type(statistics).__name__}."
+        )
+    stats = Stats(*map(jnp.asarray, statistics))
+    if len({a.shape for a in stats}) != 1:
+        raise ValueError(f"the arrays of statistics must be of one shape, got {[a.shape for a in stats]}.")
+    if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in stats):
+        raise TypeError(f"statistics must be floating, got {[str(a.dtype) for a in stats]}.")
+    return jax.tree.map(lambda a: a.astype(stats_dtype(stats.center.dtype)), stats)
+
+
+def check_given(statistics: Any, layout: Layout, x: jax.Array, evaluates: bool) -> Stats | None:
+    """Statistics to normalize x with in place of its own, in their dtype."""
+    if statistics is None:
+        return None
+    if evaluates:
+        raise ValueError(
+            "statistics are to normalize with, but use_running_average=True says that the running ones do; give one of the two. "
+            "jnorm.update_running moves running statistics by given ones."
+        )
+    if jnp.iscomplexobj(x):
+        raise TypeError("statistics are for real x.")
+    stats = check_statistics(statistics)
+    if stats.mean.shape != layout.feature_shape:
+        raise ValueError(
+            f"statistics must have the shape of x's feature axes {layout.feature_shape}, got {stats.mean.shape}; x has shape "
+            f"{layout.shape}. They are taken over all other axes, and over the micro-batches."
+        )
+    return jax.tree.map(lambda a: a.astype(stats_dtype(x.dtype)), stats)
 
 
 def check_dtype(dtype: Any, x: jax.Array) -> jnp.dtype:

@@ -15,6 +15,7 @@ from .arguments import (
     check_activation,
     check_affine,
     check_dtype,
+    check_given,
     check_residual,
     check_save,
     check_switches,
@@ -42,6 +43,8 @@ class Batch(NamedTuple):
     """Whether running statistics normalize."""
     updates: bool
     """Whether they move."""
+    given: Stats | None = None
+    """Statistics that normalize in place of those of x, of the shape of the features."""
 
     @classmethod
     def of(
@@ -62,6 +65,7 @@ class Batch(NamedTuple):
         dtype: Any,
         save: Save,
         allow_complex: bool = False,
+        statistics: Any = None,
     ) -> "Batch":
         x = check_x(x, allow_complex=allow_complex)
         features = canonical_axes(feature_axes, x.ndim, "feature_axes")
@@ -69,8 +73,10 @@ class Batch(NamedTuple):
         if jnp.iscomplexobj(x) and check_activation(activation):
             raise TypeError(f"activation {activation!r} is for real x; pass a callable of complex arrays.")
         evaluates, updates = check_switches(use_running_average, update_running)
-        across = Across.of(axis_name, axis_index_groups)
-        if not layout.reduced and not across.names and (updates or not evaluates):
+        given = check_given(statistics, layout, x, evaluates)
+        takes = given is None and (updates or not evaluates)
+        across = Across.of(axis_name, axis_index_groups, needed=takes)
+        if takes and not layout.reduced and not across.names:
             raise ValueError(
                 f"{name} has no axis to reduce: feature_axes={feature_axes!r} are all of x's {x.ndim} axes. "
                 "One example alone has no batch statistics: give x a batch axis, or the batch's axis_name under vmap."
@@ -91,12 +97,14 @@ class Batch(NamedTuple):
             output,
             evaluates,
             updates,
+            given,
         )
 
     def run(self, map: Map, aux: Any, running_mean: jax.Array) -> tuple[jax.Array, Stats]:
         """y and the statistics of the batch, which in evaluation are taken only if they update the state.
 
-        In evaluation the map gets statistics that count nothing, around the running mean.
+        In evaluation the map gets statistics that count nothing, around the running mean; where some are given, around theirs, and takes
+        those given, through which the gradient flows, from aux.
         """
         y, stats = run(
             self.x,
@@ -108,16 +116,25 @@ class Batch(NamedTuple):
             residual=self.residual,
             activation=self.activation,
             dtype=self.dtype,
-            fixed=at_mean(running_mean, self.layout) if self.evaluates else None,
+            fixed=self._fixed(running_mean),
             output=self.output,
         )
+        if self.given is not None:
+            return y, self.given
         if self.evaluates and self.updates:
             stats = keepdims_moments(self.x, self.mask, self.layout.reduced, self.across)
         return y, jax.tree.map(self.layout.squeeze, stats)
 
+    def _fixed(self, running_mean: jax.Array) -> Stats | None:
+        if self.given is None:
+            return _around(running_mean, jnp.zeros_like(running_mean), self.layout) if self.evaluates else None
+        counted = self.given.count > 0
+        center, offset = jnp.where(counted, self.given.center, running_mean), jnp.where(counted, self.given.offset, 0)
+        return _around(center, offset, self.layout)
 
-def at_mean(mean: jax.Array, layout: Layout) -> Stats:
-    """Statistics that count nothing, around the running mean: evaluation."""
-    center = lax.stop_gradient(layout.expand(mean))
+
+def _around(center: jax.Array, offset: jax.Array, layout: Layout) -> Stats:
+    """Statistics that count nothing, around a mean that is a constant to the derivative."""
+    center, offset = (lax.stop_gradient(layout.expand(a)) for a in (center, offset))
     zero = jnp.zeros_like(center)
-    return Stats(zero, center, zero, zero)
+    return Stats(zero, center, offset, zero)

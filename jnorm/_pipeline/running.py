@@ -9,9 +9,9 @@ import numpy as np
 from jax import lax
 
 from .._stats import Stats, all_sum
-from ..typing import Momentum
+from ..typing import BatchNormState, Momentum
 from . import population
-from .arguments import Across
+from .arguments import Across, check_statistics
 
 State = TypeVar("State", bound=Mapping[str, Any])
 ALONE = Across()
@@ -109,3 +109,42 @@ def moved_by_members(
     if collects:
         return cast(State, population.averaged(state, mean, var, number))
     return update(state, {"mean": mean, "var": var}, number > 0, momentum)
+
+
+def update_running(
+    state: BatchNormState, statistics: Stats, *, momentum: Momentum = 0.99, running_var_correction: int | float = 0
+) -> BatchNormState:
+    r"""Running statistics after one batch whose statistics are known, such as those of all micro-batches of a step.
+
+    .. math:: s \leftarrow \rho\,s + (1 - \rho)\,s_\text{batch}
+
+    It is the update that :func:`batch_norm` makes.
+
+    Args:
+      state: from :func:`batch_norm_state`.
+      statistics: of the shape of the state, as :func:`moments`, :func:`combine` and :func:`accumulated_moments` return them.
+      momentum: the fraction of the old running value that is kept, a float or a traced scalar (clipped to [0, 1]). None: the cumulative
+        average, which needs `state["count"]`. Where the state has a count, the average is debiased.
+      running_var_correction: the variance that enters the state is the biased one times n / max(n - correction, 1); 1 is PyTorch's.
+
+    Returns:
+      The state: the same keys, shapes and dtypes. A feature that counted nothing stays as it is. No gradient flows through it.
+
+    Raises:
+      ValueError: a state of other keys or of another shape than the statistics; a static momentum that does not fit.
+      TypeError: statistics that are none, or complex.
+
+    Distributed:
+      No collective: the statistics are merged already.
+
+    Example:
+      >>> import jax.numpy as jnp, jnorm
+      >>> parts = jnorm.moments(jnp.arange(6.0).reshape(3, 2, 1), 1)  # of three micro-batches
+      >>> state = jnorm.update_running(jnorm.batch_norm_state(1), jnorm.combine(parts, 0), momentum=0.5)
+      >>> state["mean"].tolist(), round(float(state["var"][0]), 4)
+      ([1.25], 1.9583)
+    """
+    statistics = check_statistics(statistics)
+    check_state(state, statistics.mean.shape)
+    check_momentum(momentum, state)
+    return moved(state, statistics, momentum, running_var_correction)

@@ -8,6 +8,7 @@ import jax
 
 from .._modules import merged_axes, result_dtype, state_dtype, state_for, state_keys, takes_statistics
 from .._pipeline.population import KEYS as COLLECTED
+from .._stats import Stats
 from ..typing import Momentum
 from ._variables import StateVariables, bias_param, scale_param
 
@@ -27,6 +28,7 @@ def running_arguments(
     use_running_average: bool | None,
     update_running: bool | None,
     momentum: Momentum,
+    statistics: Stats | None = None,
 ) -> dict[str, Any]:
     """The arguments that all norms with running statistics take: of the call, else of the constructor."""
     state = state_for(x, variables.read())
@@ -37,12 +39,15 @@ def running_arguments(
     affine["bias"] = bias_param(module, shape)
     evaluates = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
     update_running = module.update_running if update_running is None else update_running
-    alone = module.is_initializing() and len(shape) == x.ndim  # one example, whose batch has its axis outside, or later
+    # One example, whose batch has its axis outside, or later.
+    alone = module.is_initializing() and len(shape) == x.ndim and statistics is None
     options = {name: getattr(module, name) for name in ("epsilon", "save") if hasattr(module, name)}
+    if statistics is not None:  # merged already
+        options["statistics"] = statistics
     return {
         "state": state,
         **affine,
-        **merged_axes(module, takes_statistics(evaluates, update_running) and not module.is_initializing()),
+        **merged_axes(module, takes_statistics(evaluates, update_running) and statistics is None and not module.is_initializing()),
         "use_running_average": evaluates or alone,
         "update_running": False if module.is_initializing() else update_running,
         "momentum": module.momentum if momentum is None else momentum,

@@ -7,6 +7,7 @@ from flax import nnx
 
 from .._modules import merged_axes, state_for, state_keys, takes_statistics
 from .._pipeline.population import KEYS as COLLECTED
+from .._stats import Stats
 from ..typing import Momentum
 from ._variables import read_state, value, y_dtype
 
@@ -27,6 +28,7 @@ def running_arguments(
     use_running_average: bool | None,
     update_running: bool | None,
     momentum: Momentum,
+    statistics: Stats | None = None,
 ) -> dict[str, Any]:
     """The arguments that all norms with running statistics take: of the call, else of the constructor. `keys_of`: the state's TypedDict."""
     name = type(module).__name__
@@ -42,10 +44,12 @@ def running_arguments(
     update_running = module.update_running if update_running is None else update_running
     averages = tuple(entry for key, entry in state.items() if key not in ("count", *COLLECTED))
     options = {key: getattr(module, key) for key in ("epsilon", "save") if hasattr(module, key)}
+    if statistics is not None:  # merged already
+        options["statistics"] = statistics
     return {
         "state": state_for(x, state),
         **affine,
-        **merged_axes(module, takes_statistics(evaluates, update_running)),
+        **merged_axes(module, takes_statistics(evaluates, update_running) and statistics is None),
         "use_running_average": evaluates,
         "update_running": update_running,
         "momentum": module.momentum if momentum is None else momentum,
