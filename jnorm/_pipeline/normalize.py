@@ -1,13 +1,14 @@
 """The one differentiable unit: statistics of x, a norm's map of them, and the map applied to x."""
 
 import functools
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import ad
 
 from .._jax_internals import align
 from .._kernels import column
@@ -98,7 +99,8 @@ def _or_none(t: Any) -> Any:
 
 
 def _or_zeros(t: Any) -> Any:
-    return np.zeros(cast(Any, t).shape, cast(Any, t).dtype) if isinstance(t, SymbolicZero) else t
+    """With the axes in the type of what it is the tangent of, by which it varies or lies."""
+    return ad.instantiate_zeros(ad.Zero(t.aval)) if isinstance(t, SymbolicZero) else t
 
 
 def run(
