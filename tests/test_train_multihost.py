@@ -63,9 +63,9 @@ def train_there(folder, theirs, processes, devices, *arguments):
     return ended.stdout, [(n[0], n[1:-2], float(n[-2]), float(n[-1])) for n in numbers]
 
 
-FAST = [(2, 2, "linen", "mlp", "batch_norm")]
+FAST = [(2, 2, "functional", "mlp", "batch_norm")]
 SLOW = [
-    (4, 1, "functional", "mlp", "batch_norm"),
+    (4, 1, "linen", "mlp", "batch_norm"),
     (4, 2, "nnx", "mlp", "batch_norm"),
     (2, 2, "nnx", "cnn", "tracked_instance_norm"),
     (4, 1, "linen", "cnn", "group_norm"),
@@ -154,10 +154,10 @@ def test_different_numbers_of_processes(tmp_path):
     refused(results, "train_multihost.py: error: .*--processes is 2 in process 0 and 3 in process 1")
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_come(tmp_path):
     results = started_by_hand(("--processes", 3, "--process-id", 0, "--timeout", 8), ("--processes", 3, "--process-id", 1, "--timeout", 8))
-    refused(results[:1], "error: .*2 of 3 processes came within 8 s")
-    refused(results[1:], "error: ")
+    refused(results, "error: 2 of 3 processes came within 8 s; missing: 2")
 
 
 @pytest.mark.slow
