@@ -116,7 +116,9 @@ def combine(stats: Stats, axis: int) -> Stats:
     near_mean = (weight * stats.center).sum(axis, keepdims=True)
     deviation = (stats.center - near_mean) + stats.offset
     shift = (weight * deviation).sum(axis, keepdims=True)
-    m2 = finite((stats.m2 + stats.count * (deviation - shift) ** 2).sum(axis))
+    # Of a member that counted nothing the square may overflow, and 0·infinity is not a number.
+    between = jnp.where(stats.count > 0, stats.count * (deviation - shift) ** 2, 0)
+    m2 = finite((stats.m2 + between).sum(axis))
     center, offset = two_sum(near_mean, shift)
     return Stats(count.squeeze(axis), center.squeeze(axis), offset.squeeze(axis), m2)
 
@@ -288,7 +290,7 @@ def all_combine(stats: Stats, names: AxisNames, groups: Groups = None, partition
         return combine(Stats(*(packed[:, i] for i in range(4))), 0)
     count, weighted = all_sum([stats.count, stats.count * stats.center], names, groups)
     near_mean = weighted / jnp.maximum(count, 1)
-    deviation = (stats.center - near_mean) + stats.offset
+    deviation = jnp.where(stats.count > 0, (stats.center - near_mean) + stats.offset, 0)
     first, second = all_sum([stats.count * deviation, stats.m2 + stats.count * deviation**2], names, groups)
     shift = first / jnp.maximum(count, 1)
     center, offset = two_sum(near_mean, shift)
