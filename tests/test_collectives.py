@@ -164,7 +164,7 @@ def close(got, want):
 
 
 @pytest.mark.parametrize("mode", [*distributed.MODES, "auto"])
-def test_second_order(mode, rng, x64, monkeypatch):
+def test_second_order(mode, rng, x64, unoptimized, monkeypatch):
     monkeypatch.setattr(distributed, "WHOLE", (*distributed.WHOLE, "v_scale", "v_bias"))
     case, given = second_order_inputs(rng)
     static = {k: given.pop(k) for k in ("mask", "state")}

@@ -64,7 +64,7 @@ def test_gradients_with_non_finite_values_under_the_mask(case, rng):
 
 
 @pytest.mark.parametrize("case", cases.thinned(CASES), ids=name_of)
-def test_forward_mode_is_dual_to_reverse_mode(case, x64):
+def test_forward_mode_is_dual_to_reverse_mode(case, x64, unoptimized):
     """In float64 <dy, J·v> is the same whichever mode makes it, and the oracle's."""
     given, tangents = on(case), on(case, seed=1)
     inner, rest = cases.split(case, given)
@@ -103,7 +103,7 @@ SECOND = [pair if pair[0] in QUICK else pytest.param(*pair, marks=pytest.mark.sl
 
 
 @pytest.mark.parametrize(("case", "mode"), SECOND, ids=lambda v: v if isinstance(v, str) else v.name)
-def test_second_order(case, mode, x64):
+def test_second_order(case, mode, x64, unoptimized):
     """The Hessian of Σ y²·dy, a loss with second derivatives of its own, in all arguments together."""
     given = on(case)
     inner, rest = cases.split(case, given)
@@ -117,7 +117,7 @@ NUMERICAL = ["batch_norm_relu_residual", "add_layer_norm", "layer_norm_mask", "r
 
 
 @pytest.mark.parametrize("name", [*NUMERICAL[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NUMERICAL[2:])])
-def test_numerical_gradients_to_second_order(name, x64):
+def test_numerical_gradients_to_second_order(name, x64, unoptimized):
     case = BY_NAME[name]
     inner, rest = cases.split(case, on(case))
     jax.test_util.check_grads(jax.jit(lambda inner: cases.call(case, inner | rest)[0]), (inner,), order=2, atol=1e-4, rtol=1e-4)
