@@ -92,6 +92,16 @@ def test_devices_give_the_answer_of_one():
     assert differ(names["updates"]["batch_stats"], jax.tree.map(np.asarray, names["state_one"])) < 5 * (n + 16) * eps
 
 
+def test_devices_make_states_one():
+    """Of a single batch the statistics of all its rows; a mean of the states lacks what lies between devices, (64 - 1) / 12 = 5.25."""
+    names = run("guide/devices.md")
+    rows = np.asarray(names["of_classes"], np.float64)
+    for key, want in (("mean", rows.mean(0)), ("var", rows.var(0))):
+        np.testing.assert_allclose(names["of_all"][key], want, rtol=64 * 2.0**-24)
+    assert abs(names["of_all"]["var"] - names["mean_of_states"]["var"] - 5.25).max() < 3
+    assert differ(names["of_stacked"], names["of_replicated"]) < 2.0**-20
+
+
 def test_devices_count_the_rows_of_an_uneven_batch():
     names = run("guide/devices.md")
     mean = np.asarray(names["odd"], np.float64).mean(0)

@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import jax_utils, nnx
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jnorm
@@ -201,6 +202,32 @@ def test_several_axes_and_a_channel_axis_that_is_sharded_too(rng):
     got = run(("data", "model"), P(("data", "model")), P())({"all": flat})["all"]
     for key, want in wanted("", flat).items():
         oracles.assert_close(got[key], want, 4 * DEVICES, what=key)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("manual", [False, True])
+def test_what_the_compiler_partitions(kind, manual, rng):
+    """States that lie sharded: stacked along an axis of the mesh, under vmap; and a channel axis that a partly manual mesh leaves."""
+    given = {"one": {"mean": means(rng, 4), "var": 1 + means(rng, 4) ** 2}, "two": {"mean": means(rng, 6), "var": 1 + means(rng, 6) ** 2}}
+    given["one"]["count"] = 1 + np.arange(8, dtype=np.float32)
+    given = jax.tree.map(lambda a: a[:4], given)
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto if manual else kind, kind))
+    specs = jax.tree.map(lambda a: P("d", "m") if a.shape == (4, 4) else P("d"), given)
+    placed = jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), given, specs)
+    with jax.set_mesh(mesh):
+        if manual:
+            of_shard = lambda t: sync(jax.tree.map(lambda a: a[0], t))  # noqa: E731
+            got = jax.jit(jax.shard_map(of_shard, in_specs=P("d"), out_specs=P(), axis_names={"d"}))(placed)
+        else:
+            got = by_vmap(sync, placed)
+    for name, state in given.items():
+        for key, want in wanted("", state).items():
+            oracles.assert_close(np.asarray(got[name][key]), want, 4 * DEVICES, what=f"{name} {key}")
+    assert got["one"]["mean"].sharding.spec == P("m")
+
+
+def means(rng, *shape):
+    return rng.normal(size=(DEVICES, *shape)).astype(np.float32)
 
 
 @pytest.mark.parametrize("limit", [64, 1])

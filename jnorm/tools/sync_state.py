@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 
 from .. import nnx as jnx
-from .._jax_internals import align, varying_axes
+from .._jax_internals import align, replicated, varying_axes, with_sharding_of
 from .._norms.eval_norm_fit import KEYS as FIT
 from .._pipeline.arguments import Across
 from .._pipeline.population import BATCHES, KEYS, VALUES
@@ -121,7 +121,7 @@ def _synced(tree: Any, across: Across, between: bool, within: Collection[Path] =
         mixed[path][key] = part
     for path, state in given.items():
         for key, value in _entries(state, mixed[path]).items():
-            i, value = states[path][key], value.astype(state[key].dtype)
+            i, value = states[path][key], with_sharding_of(value.astype(state[key].dtype), jax.typeof(state[key]))
             leaves[i] = leaves[i].replace(value) if isinstance(leaves[i], nnx.Variable) else value
     return jax.tree.unflatten(structure, leaves)
 
@@ -184,7 +184,7 @@ def _mix(parts: Mapping[Any, _Mixed], across: Across) -> dict[Any, _Mixed]:
     """All of them, the weights added up, in one collective, or one for each set of other axes that they vary over."""
     together: dict[frozenset, dict[Any, jax.Array]] = {}
     for key, part in parts.items():
-        arrays = jnp.stack(align(_promoted([jnp.broadcast_to(_wide(a), part.mean.shape).ravel() for a in part])))
+        arrays = jnp.stack(align(_promoted([_like(a, part.mean).ravel() for a in part])))
         together.setdefault(varying_axes(arrays) - set(across.names), {})[key] = arrays
     mixed: dict[Any, _Mixed] = {}
     for some in together.values():
@@ -211,6 +211,14 @@ def _mixture(weight: jax.Array, mean: jax.Array, var: jax.Array, across: Across)
     shift, second = add(*(jnp.where(share > 0, share * a, 0) for a in (deviation, var + deviation**2)))
     mixed = total, near + shift, jnp.maximum(second - shift**2, 0)
     return mixed if stacked is None else tuple(v[0] for v in mixed)
+
+
+def _like(a: Any, mean: jax.Array) -> jax.Array:
+    """In the shape of the mean, and typed as it is: on a mesh of explicit axes what is stacked must lie alike, under vmap too."""
+    whole, spec = _wide(a), replicated()
+    nothing = ((mean != mean) & False).astype(whole.dtype)
+    whole = jnp.broadcast_to(whole, mean.shape) + nothing
+    return whole if spec is None else jax.sharding.reshard(whole, spec)
 
 
 def _ends(sizes: list[int]) -> list[int]:
