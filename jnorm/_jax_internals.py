@@ -25,6 +25,18 @@ def align(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     return [lax.pcast(a, tuple(union - varying_axes(a)), to="varying") if union - varying_axes(a) else a for a in arrays]
 
 
+def clamp(low: jax.Array, a: jax.Array, high: jax.Array) -> jax.Array:
+    """`lax.clamp` to scalars, also where `vmap(spmd_axis_name=...)` maps `shard_map(check_vma=True)`: JAX's own rule leaves them uncast there."""
+    models = core.get_axis_env().spmd_axis_names & manual_axes() if types_track_varying() else None
+    if not models:
+        return lax.clamp(low, a, high)
+    try:
+        return lax.clamp(low, a, high)
+    except ValueError:  # what is mapped varies over the models, which its type does not say
+        low, high = (lax.pcast(v, tuple(models | varying_axes(a)), to="varying") for v in (low, high))
+        return lax.clamp_p.bind(low, a, high)
+
+
 def bound_axis_sizes() -> dict[Any, int]:
     """The named axes that are bound here, by `vmap`, `pmap` or `shard_map`, and their sizes."""
     return dict(core.get_axis_env().axis_sizes)
@@ -65,18 +77,15 @@ def new_primitive(name: str, abstract_eval: Callable, lowering: Callable, cpu_lo
 
 def lower_as(fun: Callable, context: Any, *operands: Any) -> Any:
     """Lower the operands of a primitive as `fun` of them, which sees shapes and dtypes only: no shardings in types."""
-    plain = context.replace(avals_in=[_without_sharding(a) for a in context.avals_in])
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())) if _has_explicit_axes() else contextlib.nullcontext():
+    if not _has_explicit_axes():
+        return mlir.lower_fun(fun, multiple_results=True)(context, *operands)
+    plain = context.replace(avals_in=[core.ShapedArray(a.shape, a.dtype) for a in context.avals_in])
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         return mlir.lower_fun(fun, multiple_results=True)(plain, *operands)
 
 
 def _has_explicit_axes() -> bool:
     return bool(jax.sharding.get_abstract_mesh().explicit_axes)
-
-
-def _without_sharding(aval: Any) -> Any:
-    explicit = any(p is not None for p in aval.sharding.spec)
-    return core.ShapedArray(aval.shape, aval.dtype) if explicit else aval
 
 
 def automatic_device_count(context: Any) -> int:
@@ -97,6 +106,20 @@ def with_sharding_of(value: jax.Array, aval: Any) -> jax.Array:
     if not _has_explicit_axes() or core.typeof(value).sharding.spec == aval.sharding.spec:
         return value
     return jax.sharding.reshard(value, aval.sharding.spec)
+
+
+def lying_along(value: jax.Array, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The value, whose last axes are these of x, with x's sharding along them, on a mesh of explicit axes; elsewhere as it is."""
+    if not _has_explicit_axes():
+        return value
+    spec, of_x = ((*s, *(None,) * (a.ndim - len(s))) for a, s in ((v, core.typeof(v).sharding.spec) for v in (value, x)))
+    wanted = (*spec[: value.ndim - len(axes)], *(of_x[i] for i in axes))
+    return value if wanted == spec else jax.sharding.reshard(value, PartitionSpec(*wanted))
+
+
+def lying_as(value: jax.Array, other: jax.Array) -> jax.Array:
+    """The value, of the other's shape, with its sharding, on a mesh of explicit axes."""
+    return with_sharding_of(value, core.typeof(other)) if value.shape == other.shape else value
 
 
 def mesh_and_spec(sharding: Any, mesh: Mesh, ndim: int) -> tuple[Any, tuple]:

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from .._jax_internals import lying_along
 from .._kernels._forms import ACTIVATIONS, INVERTIBLE
 from .._stats import AxisNames, Groups, Stats, are_bound, canonical_axis_names, stats_dtype
 from ..typing import Activation, AxisIndexGroups, AxisName, Mask, Save
@@ -133,7 +134,8 @@ def check_affine(value: Any, name: str, layout: Layout, x: jax.Array, of: str = 
         )
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
         raise TypeError(f"{name} must be real, got {value.dtype}.")
-    return value.astype(jnp.finfo(stats_dtype(x.dtype)).dtype)
+    # Fully sharded training has it in parts that are not those of x.
+    return lying_along(value.astype(jnp.finfo(stats_dtype(x.dtype)).dtype), x, layout.features)
 
 
 def check_statistics(statistics: Any) -> Stats:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._jax_internals import lying_along
 from .._stats import Stats
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Map, Mask, Save
 from .arguments import (
@@ -106,6 +107,7 @@ class Batch(NamedTuple):
         In evaluation the map gets statistics that count nothing, around the running mean; where some are given, around theirs, and takes
         those given, through which the gradient flows, from aux.
         """
+        aux, running_mean = self._beside_features((aux, running_mean))
         y, stats = run(
             self.x,
             map,
@@ -124,6 +126,15 @@ class Batch(NamedTuple):
         if self.evaluates and self.updates:
             stats = keepdims_moments(self.x, self.mask, self.layout.reduced, self.across)
         return y, jax.tree.map(self.layout.squeeze, stats)
+
+    def _beside_features(self, tree: Any) -> Any:
+        """With x's sharding in the types of what is by feature, as the statistics have it: running ones may lie otherwise."""
+
+        def beside(a: jax.Array) -> jax.Array:
+            features = self.layout.feature_shape
+            return lying_along(a, self.x, self.layout.features) if a.shape[a.ndim - len(features) :] == features else a
+
+        return jax.tree.map(beside, tree)
 
     def _fixed(self, running_mean: jax.Array) -> Stats | None:
         if self.given is None:

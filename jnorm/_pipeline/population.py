@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._jax_internals import lying_as
 from .._kernels._forms import wider_dtype
 from .._stats import Stats
 
@@ -27,7 +28,7 @@ def collects(state: Mapping[str, Any]) -> bool:
 
 def collected(state: Mapping[str, Any], stats: Stats) -> dict[str, jax.Array]:
     """The state with one batch more."""
-    stats = lax.stop_gradient(stats)
+    stats = _beside(state, lax.stop_gradient(stats))
     if VALUES in state:
         number, var = stats.count, stats.var
     else:
@@ -39,9 +40,14 @@ def collected(state: Mapping[str, Any], stats: Stats) -> dict[str, jax.Array]:
 
 def averaged(state: Mapping[str, Any], mean: jax.Array, var: jax.Array, number: jax.Array) -> dict[str, jax.Array]:
     """The state with `number` members more, of these averages: what lies between their means is no part of the variance."""
-    mean, var, number = lax.stop_gradient((mean, var, number))
+    mean, var, number = _beside(state, lax.stop_gradient((mean, var, number)))
     dtype = wider_dtype(mean, jnp.asarray(state["mean"]))
     return _mixed(state, number, lambda before: mean.astype(dtype) - before, var, dtype, False)
+
+
+def _beside(state: Mapping[str, Any], tree: Any) -> Any:
+    """With the state's sharding in types."""
+    return jax.tree.map(lambda a: lying_as(a, jnp.asarray(state["mean"])), tree)
 
 
 def merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, jax.Array]:

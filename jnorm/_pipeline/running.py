@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._jax_internals import lying_as
 from .._stats import Stats, all_sum
 from ..typing import BatchNormState, Momentum
 from . import population
@@ -79,8 +80,9 @@ def update(state: State, batch: dict[str, jax.Array], counted: jax.Array, moment
         keep = 1 - 1 / count
 
     def moved(a: jax.Array, now: jax.Array) -> jax.Array:
+        now, there = lying_as(now, a), lying_as(counted, a)
         a_kept, k = a.astype(now.dtype), keep.astype(now.dtype)
-        return jnp.where(counted, k * a_kept + (1 - k) * now, a_kept).astype(a.dtype)
+        return jnp.where(there, k * a_kept + (1 - k) * now, a_kept).astype(a.dtype)
 
     new = {key: moved(old[key], now) for key, now in batch.items()}
     if count is not None:
