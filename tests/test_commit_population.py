@@ -107,8 +107,8 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 def test_every_norm(name, rng):
     norm, make, options = NORMS[name]
-    old, batches = make(FEATURES), stream(rng, (4, 2, 6))
-    population = collected(old, batches, lambda s, x: norm(x, s, **options)[1])
+    old, batches = make(FEATURES), stream(rng, (4, 4, 4))
+    population = collected(old, batches, jax.jit(lambda s, x: norm(x, s, **options)[1]))
     new = tools.commit_population(old, population, momentum=KEEP)
     want = truth(batches, "pooled")
     if name == "batch_renorm":
