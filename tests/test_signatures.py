@@ -40,6 +40,7 @@ ADDED = {  # (api, class, method) -> what ours takes after Flax's parameters, an
         "update_running": "a step may hold the statistics still",
         "momentum": "may be traced: a schedule",
         "residual": "the fused addition",
+        "statistics": "those of a larger batch, accumulated over micro-batches",
     },
     ("linen", "GroupNorm", INIT): {"feature_axes": OF_FUNCTION, "activation": ACTIVATION} | SAVE,
     ("linen", "InstanceNorm", INIT): {"reduction_axes": OF_FUNCTION, "activation": ACTIVATION} | SAVE,

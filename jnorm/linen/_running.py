@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from .._modules import check_keeps_batch, distinct_axes, feature_shape, floating
 from .._norms.batch_norm import batch_norm, batch_norm_state
 from .._norms.tracked_instance_norm import tracked_instance_norm
+from .._stats import Stats
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, Save
 from ._arguments import running_arguments, running_variables
 from ._variables import Initializer, errors_of
@@ -86,6 +87,7 @@ class BatchNorm(nn.Module):
         update_running: bool | None = None,
         momentum: Momentum = None,
         residual: jax.Array | None = None,
+        statistics: Stats | None = None,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -96,6 +98,8 @@ class BatchNorm(nn.Module):
           update_running: None: the constructor's.
           momentum: a float or a traced scalar; None: the constructor's. 1 with `track_count` is the cumulative average.
           residual: of x's shape, added before the activation.
+          statistics: of a larger batch that x is a part of, to normalize with in place of those of x; see :func:`jnorm.batch_norm`.
+            They are of the shape of x's feature axes, and merged over devices already: no axis needs to be bound.
 
         Returns:
           y of x's shape.
@@ -105,7 +109,7 @@ class BatchNorm(nn.Module):
             x = floating(given, self.dtype)
             features = distinct_axes(self.axis, x.ndim)
             variables = running_variables(self, batch_norm_state, BatchNormState, x, feature_shape(x, features, "axis"))
-            call = running_arguments(self, given, x, variables, use_running_average, update_running, momentum)
+            call = running_arguments(self, given, x, variables, use_running_average, update_running, momentum, statistics)
             correction = self.running_var_correction
             y, state = batch_norm(x, **call, running_var_correction=correction, feature_axes=features, mask=mask, residual=residual)
             variables.write(call["state"], state)

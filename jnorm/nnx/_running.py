@@ -9,6 +9,7 @@ from flax import nnx
 from .._modules import check_keeps_batch, distinct_axes, floating
 from .._norms.batch_norm import batch_norm, batch_norm_state
 from .._norms.tracked_instance_norm import tracked_instance_norm
+from .._stats import Stats
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, Save
 from ._arguments import running_arguments, set_running_view
 from ._variables import (
@@ -135,6 +136,7 @@ class BatchNorm(nnx.Module):
         update_running: bool | None = None,
         momentum: Momentum = None,
         residual: jax.Array | None = None,
+        statistics: Stats | None = None,
     ) -> jax.Array:
         """Normalizes x.
 
@@ -145,6 +147,8 @@ class BatchNorm(nnx.Module):
           update_running: None: the constructor's.
           momentum: a float or a traced scalar; None: the constructor's. 1 with `track_count` is the cumulative average.
           residual: of x's shape, added before the activation.
+          statistics: of a larger batch that x is a part of, to normalize with in place of those of x; see :func:`jnorm.batch_norm`.
+            They are of the shape of x's feature axes, and merged over devices already: no axis needs to be bound.
 
         Returns:
           y of x's shape.
@@ -154,7 +158,7 @@ class BatchNorm(nnx.Module):
             x = floating(given, self.dtype)
             features = distinct_axes(self.axis, x.ndim)
             shape = shape_of_features(self, x, features, "axis")
-            call = running_arguments(self, BatchNormState, given, x, shape, use_running_average, update_running, momentum)
+            call = running_arguments(self, BatchNormState, given, x, shape, use_running_average, update_running, momentum, statistics)
             correction = self.running_var_correction
             y, state = batch_norm(x, **call, running_var_correction=correction, feature_axes=features, mask=mask, residual=residual)
             write_state(self, call["state"], state)
