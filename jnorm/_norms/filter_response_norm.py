@@ -68,8 +68,8 @@ def filter_response_norm(
       Kept for the backward pass: x, and three numbers per sample and channel.
 
     Distributed:
-      With `axis_name` one all-gather forward (two all-reduces above 64 participants), one all-reduce of two numbers per sample and channel
-      backward; without, none. The gradient of learned_epsilon is summed as those of scale and bias are.
+      With `axis_name` one all-gather forward (two all-reduces above 64 participants or 4 MiB), one all-reduce of two numbers per sample and
+      channel backward; without, none. The gradient of learned_epsilon is summed as those of scale and bias are.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jnorm

@@ -63,8 +63,8 @@ def instance_norm(
       Kept for the backward pass: x, or with `save="output"` y, and three numbers per sample and channel.
 
     Distributed:
-      With `axis_name` one all-gather forward (two all-reduces above 64 participants), one all-reduce of two numbers per sample and channel
-      backward; without, none.
+      With `axis_name` one all-gather forward (two all-reduces above 64 participants or 4 MiB), one all-reduce of two numbers per sample and
+      channel backward; without, none.
 
     Example:
       >>> import jax.numpy as jnp, jnorm

@@ -59,7 +59,7 @@ def layer_norm(
       `save="output"` y, and four numbers per row.
 
     Distributed:
-      With `axis_name` one all-gather forward (two all-reduces above 64 participants), and all-reduces backward; without, none.
+      With `axis_name` one all-gather forward (two all-reduces above 64 participants or 4 MiB), one all-reduce backward; without, none.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jnorm
@@ -118,7 +118,7 @@ def rms_norm(
       Kept for the backward pass: x, or with `save="output"` y, and four numbers per row.
 
     Distributed:
-      With `axis_name` one all-gather forward (two all-reduces above 64 participants), and all-reduces backward; without, none.
+      With `axis_name` one all-gather forward (two all-reduces above 64 participants or 4 MiB), one all-reduce backward; without, none.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jnorm

@@ -44,7 +44,8 @@ def moments(
       At least float32 whatever x's dtype; the variance is stable for a mean 1e4 times the spread, and never negative.
 
     Distributed:
-      One packed all-gather of 4 numbers per statistic up to 64 participants, two all-reduces above; one all-reduce in the derivative.
+      One packed all-gather of 4 numbers per statistic up to 64 participants and 4 MiB, two all-reduces above; one all-reduce in the
+      derivative.
 
     Example:
       >>> import jax.numpy as jnp, jnorm
