@@ -23,6 +23,10 @@ MINI_BATCHES = ("batch_mean", "batch_var", "batch_count", "index")
 WINDOW = ("means", "vars", "patches", "slopes", "covariances", "kernels", "counts", "index")
 POWER_ITERATION = ("u", "sigma")
 ENTRIES = {"mean", "var", "std", "count", *KEYS, *FIT, *MINI_BATCHES, *WINDOW, *POWER_ITERATION}
+_STACKED = (
+    "States that are stacked along an array axis are made one by "
+    'jax.vmap(lambda state: sync_state(state, "d"), axis_name="d", out_axes=None)(states).'
+)
 
 
 def sync_state(
@@ -79,12 +83,13 @@ def sync_state(
       Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979. Flax's examples take the mean
       of all entries over the devices (`cross_replica_mean`), variances and counts alike, which leaves the second term out.
     """
-    across = Across.of(axis_name, axis_index_groups)
+    try:
+        across = Across.of(axis_name, axis_index_groups)
+    except ValueError as error:
+        error.add_note(_STACKED)
+        raise
     if not across.names:
-        raise ValueError(
-            f"axis_name is the axis that the states differ over, got {axis_name!r}; for states that are stacked along an array axis, "
-            'jax.vmap(lambda state: sync_state(state, "d"), axis_name="d", out_axes=None)(states).'
-        )
+        raise ValueError(f"axis_name must be the axis that the states differ over, got {axis_name!r}. {_STACKED}")
     if not isinstance(state, nnx.Module):
         return _synced(state, across, between_devices)
     within = {path for path, module in nnx.iter_modules(state) if isinstance(module, jnx.TrackedInstanceNorm)}
