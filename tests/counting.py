@@ -26,7 +26,8 @@ def reduce(numbers):
 
 def check(program, expected, itemsize=4, participants=8):
     """The collectives of a program are the expected ones, and no others."""
-    assert traffic(program, participants) == sorted((kind, itemsize * numbers) for kind, numbers in expected)
+    got, want = traffic(program, participants), sorted((kind, itemsize * numbers) for kind, numbers in expected)
+    assert got == want, f"the program has {got}, and should have {want}"
 
 
 def local_step(case, **options):

@@ -51,7 +51,7 @@ def samples(name, **changes):
 def whole_samples(name):
     """One statistic for each of two samples; scale and bias lie along what is reduced, so that their gradients are sums of their own."""
     case = replace(BY_NAME[name], shape=(2, 16, 1, C))
-    return Row(case, [gather(4 * 2)], [reduce(2 * 2)], HEIGHT, checked=[gather(4 * 2), reduce(2 * 2 + 2 * C)])
+    return Row(case, [gather(4 * 2)], [reduce(2 * 2)], HEIGHT, checked=[gather(4 * 2), reduce(2 * 2 + len(case.affine) * C)])
 
 
 def features(name):

@@ -192,7 +192,7 @@ def normalize(
       activation follows it.
 
     Distributed:
-      One packed all-gather forward (two all-reduces above 64 participants), one all-reduce backward.
+      One packed all-gather forward (two all-reduces above 64 participants or 4 MiB), one all-reduce backward.
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np, jnorm
