@@ -1,5 +1,6 @@
 """Checks of the arguments that all norms share: what is static is refused here, at trace time."""
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +9,9 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from .._jax_internals import lying_along
+from .._jax_internals import bound_axis_sizes, lying_along
 from .._kernels._forms import ACTIVATIONS, INVERTIBLE
-from .._stats import AxisNames, Groups, Stats, are_bound, canonical_axis_names, stats_dtype
+from .._stats import AxisNames, Groups, Stats, canonical_axis_names, stats_dtype
 from ..typing import Activation, AxisIndexGroups, AxisName, Mask, Save
 from .axes import Layout
 
@@ -24,9 +25,14 @@ class Across(NamedTuple):
     @classmethod
     def of(cls, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None, needed: bool = True) -> "Across":
         """Where they are not `needed`, as in evaluation, which merges nothing, names that are not bound are none."""
-        if not needed and axis_name is not None and not are_bound(axis_name):
+        if not needed and axis_name is not None and not _are_bound(axis_name):
             return cls()
         return cls(*canonical_axis_names(axis_name, axis_index_groups))
+
+
+def _are_bound(axis_name: AxisName) -> bool:
+    names, sizes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,), bound_axis_sizes()
+    return all(isinstance(name, Hashable) and name in sizes for name in names)
 
 
 def check_x(x: Any, allow_complex: bool = False, name: str = "x") -> jax.Array:
