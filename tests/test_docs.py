@@ -120,6 +120,14 @@ def test_devices_merge_a_large_batch_by_counts():
         assert differ(got[0], want) < 3 * 64 * (29 + 16) * 2.0**-24
 
 
+def test_accumulation_prints_what_the_page_says():
+    printed = run("guide/accumulation.md")["printed"]
+    for line in ("0.53", "3.98", "1.0", "0.28 0.42", "8 rows: 0.53, 0.48 with CmBN", "2 rows: 1.77, 0.68 with CmBN"):
+        assert line in printed and line in text_of("guide/accumulation.md"), line
+    # Of MultiSteps, commit once in both styles, ghost batches, several norms and devices; of the exact gradient and state.
+    assert printed.count("True") == 6 and "True True" in printed and len(printed) == 13
+
+
 def test_weights_start_from_data_and_fold():
     """Sums of 64 numbers, which two layers of 8 and 16 terms, a few deviations large, made from the parameters anew."""
     names = run("api/weights.md")
