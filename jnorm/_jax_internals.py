@@ -1,7 +1,7 @@
 """Everything in jnorm that touches JAX internals, in one file. Tested with jax 0.10.0 and 0.10.2."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ def align(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def clamp(low: jax.Array, a: jax.Array, high: jax.Array) -> jax.Array:
-    """`lax.clamp` to scalars, also where `vmap(spmd_axis_name=...)` maps `shard_map(check_vma=True)`: JAX's own rule leaves them uncast there."""
+    """`lax.clamp` to scalars, also where `vmap(spmd_axis_name=...)` maps `shard_map(check_vma=True)`, where JAX's rule leaves them uncast."""
     models = core.get_axis_env().spmd_axis_names & manual_axes() if types_track_varying() else None
     if not models:
         return lax.clamp(low, a, high)
@@ -115,6 +115,15 @@ def lying_along(value: jax.Array, x: jax.Array, axes: Sequence[int]) -> jax.Arra
     spec, of_x = ((*s, *(None,) * (a.ndim - len(s))) for a, s in ((v, core.typeof(v).sharding.spec) for v in (value, x)))
     wanted = (*spec[: value.ndim - len(axes)], *(of_x[i] for i in axes))
     return value if wanted == spec else jax.sharding.reshard(value, PartitionSpec(*wanted))
+
+
+def whole_along(value: jax.Array, axes: Collection[int]) -> jax.Array:
+    """The value, gathered along axes that are split over a mesh of explicit axes; elsewhere as it is."""
+    if not _has_explicit_axes():
+        return value
+    spec = core.typeof(value).sharding.spec
+    wanted = PartitionSpec(*(None if i in axes else name for i, name in enumerate(spec)))
+    return value if wanted == spec else jax.sharding.reshard(value, wanted)
 
 
 def lying_as(value: jax.Array, other: jax.Array) -> jax.Array:

@@ -92,7 +92,10 @@ def takes_statistics(use_running_average: Any, update_running: Any) -> bool:
 def merged_axes(module: Any, merges: bool) -> dict[str, Any]:
     """The module's named axis as arguments of a function; where nothing is merged, none: as in Flax, the axis need not exist there."""
     named = merges or module.axis_name is None
-    return {"axis_name": module.axis_name if named else None, "axis_index_groups": module.axis_index_groups if named else None}
+    axes = {"axis_name": module.axis_name if named else None, "axis_index_groups": module.axis_index_groups if named else None}
+    if hasattr(module, "batch_axis_name"):
+        axes["batch_axis_name"] = module.batch_axis_name if merges else None
+    return axes
 
 
 class Unit(NamedTuple):

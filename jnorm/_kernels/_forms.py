@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._jax_internals import clamp
 from .._stats import all_sum, stats_dtype
 from ._op import Spans
 
@@ -78,7 +79,7 @@ def local_sum(v: jax.Array, axes: Sequence[int], k: int = 0) -> jax.Array:
     infinity, last = jnp.full((), jnp.inf, v.dtype), v.ndim - k - 1
     keep = [1 if i in axes else n for i, n in enumerate((*v.shape[:last], v.shape[-1]))]
     seen = [i if i < last else v.ndim - 1 for i in axes]
-    return lax.clamp(-infinity, v.sum((*seen, *range(last, last + k))).reshape(keep), infinity)
+    return clamp(-infinity, v.sum((*seen, *range(last, last + k))).reshape(keep), infinity)
 
 
 def sums(values: Sequence[jax.Array], axes: Sequence[int], spans: Spans) -> list[jax.Array]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._jax_internals import with_sharding_of
 from .._pipeline.arguments import check_epsilon, check_state_dtype, check_x
 from .._pipeline.batch import Batch
 from .._pipeline.iterations import (
@@ -94,11 +95,16 @@ def _map(epsilon: float, stats: Stats, aux: _Aux) -> tuple[jax.Array, jax.Array,
     """Batch normalization with the merged statistics of the window; with the running ones where this iteration counts nothing."""
     window = stats
     if aux.slots is not None:
-        window = combine(jax.tree.map(lambda own, slots: jnp.concatenate([own[None], slots]), stats, aux.slots), 0)
+        window = combine(jax.tree.map(_joined, stats, aux.slots), 0)
     counted = stats.count > 0
     mul = inverse_sqrt(jnp.where(counted, window.var, aux.var) + epsilon)
     shift = jnp.where(counted, (window.center - stats.center) + window.offset, aux.mean - stats.center)
     return shift, *affine(mul, aux.scale, aux.bias)
+
+
+def _joined(own: jax.Array, slots: jax.Array) -> jax.Array:
+    own = own[None]
+    return jnp.concatenate([own, with_sharding_of(slots, jax.typeof(own))])
 
 
 def cross_iteration_batch_norm(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._jax_internals import whole_along, with_sharding_of
 from .._kernels._forms import activate, counted, read, usable
 from .._pipeline.arguments import Across, broadcast_mask, check_activation, check_affine, check_dtype, check_x
 from .._pipeline.axes import Layout, canonical_axes
@@ -83,7 +84,8 @@ def divisive_norm(
     Distributed:
       Fields of 1 and None: as :func:`batch_norm`, one all-gather forward (two all-reduces above 64 participants) and one all-reduce
       backward, and where the second result is used once more as much, and one all-reduce of two numbers each way; that result is the
-      same on all devices. Windows: nothing is merged over named axes; under jit over sharded arrays the compiler exchanges the borders.
+      same on all devices. Windows: nothing is merged over named axes; under jit over sharded arrays the compiler exchanges the borders,
+      and on a mesh of explicit axes x is gathered along the axes of the fields.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jnorm
@@ -217,10 +219,14 @@ def _by_windows(
 
     @jax.checkpoint
     def both(x: jax.Array, aux: _Aux, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        windows = {i for field in fields for i in (*field.whole, *field.local)}
+        there = jax.typeof(x)
+        x = whole_along(x, windows)
+        mask = None if mask is None else whole_along(mask, windows)
         sigma, scale, bias = aux.views(layout)
         v = deviation(x, mask, fields.sum)
         y = v * inverse_sqrt(mean_square(v, mask, fields.suppression) + sigma**2) * scale + bias
-        return activate(act, y).astype(dtype), mean_of_magnitudes(v, mask, Across())
+        return with_sharding_of(activate(act, y).astype(dtype), there), mean_of_magnitudes(v, mask, Across())
 
     y, l1 = both(x, aux, mask)
     return (y if act or activation is None else activation(y)), l1

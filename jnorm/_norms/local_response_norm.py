@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._jax_internals import whole_along, with_sharding_of
 from .._kernels._forms import counted, read, usable
 from .._pipeline.arguments import broadcast_mask, check_dtype, check_flag, check_x
 from .._pipeline.axes import canonical_axes
@@ -61,7 +62,7 @@ def local_response_norm(
 
     Distributed:
       No named collective, so that under `shard_map` a window ends at the device's own part of x. Under jit over sharded arrays the window
-      reaches over, and the compiler exchanges what it needs.
+      reaches over, and the compiler exchanges what it needs; on a mesh of explicit axes x is gathered along the window's axes.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jnorm
@@ -117,9 +118,12 @@ def _check_scalar(value: Any, name: str, dtype: Any, wanted: str, holds: Any) ->
 def _normalized(
     x: jax.Array, mask: jax.Array | None, *, alpha: Any, beta: Any, k: Any, axes: tuple[int, ...], size: int, divisor: int, dtype: Any
 ) -> jax.Array:
+    there = jax.typeof(x)
+    x = whole_along(x, axes)
+    mask = None if mask is None else whole_along(mask, axes)
     v = read(usable(x, x, mask))
     base = k + alpha / divisor * _window_sums(counted(v, mask) ** 2, axes, size)
-    return (v * base**-beta).astype(dtype)
+    return with_sharding_of((v * base**-beta).astype(dtype), there)
 
 
 def _window_sums(v: jax.Array, axes: tuple[int, ...], size: int) -> jax.Array:

@@ -29,6 +29,7 @@ def tracked_instance_norm(
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
+    batch_axis_name: AxisName | None = None,
     running_var_correction: int | float = 0,
     activation: Activation | None = None,
     dtype: Any = None,
@@ -53,8 +54,10 @@ def tracked_instance_norm(
       reduction_axes: the axes that are reduced, none of them a feature axis; None: all but the first and the feature axes.
       feature_axes: the axes along which scale, bias and state vary.
       mask: broadcasts against x; nonzero counts. A sample that counts nothing does not enter the average.
-      axis_name: named axis or axes over which the reduced axes are split. Not the axis that the batch is split over: see below.
+      axis_name: named axis or axes over which the reduced axes are split. Not the axis that the batch is split over.
       axis_index_groups: groups of equal size within that axis.
+      batch_axis_name: named axis or axes that the batch is split over: the update averages over the samples of all devices, however many
+        each of them has. It has no effect on y.
       running_var_correction: each sample's variance enters times n / max(n - correction, 1); 1 is PyTorch's.
       activation: "relu", "leaky_relu", "silu" or "gelu" (fused), or any callable, applied after.
       dtype: y's dtype; x's where None.
@@ -67,14 +70,14 @@ def tracked_instance_norm(
       y of x's shape, and the state: the same keys, shapes and dtypes. Where nothing updates it is the object that was given.
 
     Raises:
-      ValueError, TypeError: as :func:`instance_norm` and :func:`batch_norm`.
+      ValueError, TypeError: as :func:`instance_norm` and :func:`batch_norm`; an axis in both `axis_name` and `batch_axis_name`.
 
     Numerics:
       As :func:`instance_norm`. The update averages the samples' means and variances, so that the spread between samples is not in it.
 
     Distributed:
-      As :func:`instance_norm`. A batch that is split over devices needs no collective to normalize; the update is linear in the samples, so
-      that `jax.lax.pmean` of the new states over equal shards is the state of the whole batch.
+      As :func:`instance_norm`. A batch that is split over devices needs no collective to normalize. With `batch_axis_name` there is one
+      all-reduce of 3 numbers per feature where the state moves; without, each device has the state of its own samples.
 
     Example:
       >>> import jax.numpy as jnp, jnorm
@@ -92,9 +95,15 @@ def tracked_instance_norm(
     layout = instance_layout(x, reduction_axes, feature_axes)
     check_state(state, layout.feature_shape)
     check_momentum(momentum, state)
-    across = Across.of(axis_name, axis_index_groups)
-    options = {"epsilon": epsilon, "mask": broadcast_mask(mask, x), "activation": activation, "dtype": dtype, "save": save}
     use_running_average, updates = check_switches(use_running_average, update_running)
+    across = Across.of(axis_name, axis_index_groups, needed=updates or not use_running_average)
+    of_batch = Across.of(batch_axis_name, None, needed=updates)
+    if set(across.names) & set(of_batch.names):
+        raise ValueError(
+            f"axis_name={axis_name!r} and batch_axis_name={batch_axis_name!r} name the same axis; the first splits the samples themselves, "
+            "the second the batch."
+        )
+    options = {"epsilon": epsilon, "mask": broadcast_mask(mask, x), "activation": activation, "dtype": dtype, "save": save}
     if use_running_average:
         y, _ = batch_norm(x, state, scale, bias, use_running_average=True, feature_axes=layout.features, **options)
         stats = _instance_stats(x, options["mask"], layout, across) if updates else None
@@ -103,7 +112,7 @@ def tracked_instance_norm(
     if not updates or stats is None:
         return y, state
     samples = tuple(range(stats.count.ndim - len(layout.features)))
-    return y, moved_by_members(state, stats, samples, momentum, running_var_correction)
+    return y, moved_by_members(state, stats, samples, momentum, running_var_correction, of_batch)
 
 
 def _instance_stats(x: jax.Array, mask: jax.Array | None, layout: Layout, across: Across) -> Stats:

@@ -121,12 +121,19 @@ class _Sums(NamedTuple):
     def pad(self, axis: int, n: int, before: int, after: int) -> "_Sums":
         """Nothing is counted in what is added; its base is that of the nearest place."""
 
-        def padded(a: jax.Array, mode: str) -> jax.Array:
-            full = jnp.broadcast_to(a, [n if i == axis else size for i, size in enumerate(a.shape)])
-            return jnp.pad(full, [(before, after) if i == axis else (0, 0) for i in range(a.ndim)], mode)
+        def along(a: jax.Array, length: int) -> jax.Array:
+            return jnp.broadcast_to(a, [length if i == axis else size for i, size in enumerate(a.shape)])
 
-        base = None if self.base is None else padded(self.base, "edge")
-        return _Sums(padded(self.count, "constant"), padded(self.total, "constant"), base)
+        def padded(a: jax.Array) -> jax.Array:
+            return jnp.pad(along(a, n), [(before, after) if i == axis else (0, 0) for i in range(a.ndim)])
+
+        def with_ends(a: jax.Array) -> jax.Array:
+            # Not by jnp.pad, which slices the other axes too: these may be split over a mesh of explicit axes.
+            first, last = (lax.slice_in_dim(a, i, i + 1, axis=axis) for i in (0, a.shape[axis] - 1))
+            return jnp.concatenate([along(first, before), along(a, n), along(last, after)], axis)
+
+        base = None if self.base is None else with_ends(self.base)
+        return _Sums(padded(self.count), padded(self.total), base)
 
 
 def _sums(v: jax.Array, mask: jax.Array | None, field: Field, base: jax.Array | None = None) -> _Sums:

@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from .._jax_internals import align, replicated, with_sharding_of
-from .._stats import Stats, all_sum
+from .._jax_internals import align, lying_as, replicated, varying_axes, with_sharding_of
+from .._stats import Stats, all_sum, max_over
 from ..typing import WindowRule
 from .batch import Batch
 
@@ -129,13 +129,15 @@ def with_iteration(
     if not shapes["counts"][0]:
         return old
     x, stats, inputs, kernel = lax.stop_gradient((batch.x, stats, inputs, kernel))
-    count = stats.count.max(initial=0)  # the mask is the same for all features
+    # The mask is the same for all features, also for those of other devices where they are split, and types say so.
+    count = max_over(stats.count.max(initial=0), varying_axes(old["means"]) - varying_axes(old["counts"]))
     now = {"means": stats.mean, "vars": stats.var, "kernels": kernel, "counts": count}
     now |= _of_patches(batch._replace(x=x), stats, jnp.maximum(count, 1), inputs, kernel, linear_op, num_groups, "covariances" in state)
     index = old.pop("index")
 
     def put(buffer: jax.Array, a: jax.Array) -> jax.Array:
         before = lax.dynamic_index_in_dim(buffer, index, keepdims=False)
+        a = lying_as(a, before)
         return lax.dynamic_update_index_in_dim(buffer, jnp.where(count > 0, a.astype(buffer.dtype), before), index, 0)
 
     # linear_op may close over what is differentiated.
@@ -158,13 +160,18 @@ def _of_patches(
         return vjp(with_sharding_of((of_outputs / count).astype(out.dtype), jax.typeof(out)))[0]
 
     one_of_each = _shape_with(batch, num_groups)
-    patches = along(kernel[..., :num_groups], jnp.broadcast_to(jnp.asarray(counted, kernel.dtype), one_of_each))
+    # Linear in the kernel: any will do, such as one that is the same on all devices.
+    any_kernel = jnp.zeros((*kernel.shape[:-1], num_groups), kernel.dtype)
+    patches = along(any_kernel, jnp.broadcast_to(jnp.asarray(counted, kernel.dtype), one_of_each))
     if exact:
         (patches,) = all_sum([patches], *batch.across)
         return {"patches": patches, "covariances": _covariances(batch, counted, patches, count, inputs, kernel.shape, linear_op)}
     centered = (batch.x.astype(kernel.dtype) - batch.layout.expand(stats.center)) - batch.layout.expand(stats.offset)
     slopes = along(kernel, jnp.where(counted, centered, 0))
-    patches, slopes = all_sum([patches, slopes], *batch.across)
+    if varying_axes(patches) - set(batch.across.names) == varying_axes(slopes) - set(batch.across.names):
+        patches, slopes = all_sum([patches, slopes], *batch.across)
+    else:  # the patches are the same for the features of all devices, and must stay so
+        (patches,), (slopes,) = (all_sum([a], *batch.across) for a in (patches, slopes))
     return {"patches": patches, "slopes": slopes}
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._jax_internals import lying_as
-from .._stats import Stats, all_sum
+from .._jax_internals import lying_as, varying_axes
+from .._stats import Stats, all_sum, max_over
 from ..typing import BatchNormState, Momentum
 from . import population
 from .arguments import Across, check_statistics
@@ -86,7 +86,10 @@ def update(state: State, batch: dict[str, jax.Array], counted: jax.Array, moment
 
     new = {key: moved(old[key], now) for key, now in batch.items()}
     if count is not None:
-        new["count"] = jnp.where(counted.any(), count, old["count"].astype(count.dtype)).astype(old["count"].dtype)
+        # Where devices have some of the features each, and types say so, the count is of all features.
+        split = varying_axes(next(old[key] for key in batch)) - varying_axes(old["count"])
+        moves = max_over(counted.any().astype(jnp.int32), split) > 0
+        new["count"] = jnp.where(moves, count, old["count"].astype(count.dtype)).astype(old["count"].dtype)
     return cast(State, new)
 
 

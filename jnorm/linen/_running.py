@@ -144,6 +144,7 @@ class TrackedInstanceNorm(nn.Module):
       reduction_axes: the axes that are reduced, none of them a feature axis; None: all but the first and the feature axes.
       save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.tracked_instance_norm`. With bfloat16 x and
         float32 parameters it needs `dtype=jnp.bfloat16`.
+      batch_axis_name: named axis or axes that the batch is split over: the update averages over the samples of all devices.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -176,6 +177,7 @@ class TrackedInstanceNorm(nn.Module):
     activation: Activation | None = None
     reduction_axes: Axes | None = None
     save: Save = "input"
+    batch_axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(

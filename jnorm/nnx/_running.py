@@ -207,6 +207,7 @@ class TrackedInstanceNorm(nnx.Module):
       reduction_axes: the axes that are reduced, none of them a feature axis; None: all but the first and the feature axes.
       save: "output" keeps y, of x's dtype, instead of x for the backward pass; see :func:`jnorm.tracked_instance_norm`. With bfloat16 x and
         float32 parameters it needs `dtype=jnp.bfloat16`.
+      batch_axis_name: named axis or axes that the batch is split over: the update averages over the samples of all devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -251,6 +252,7 @@ class TrackedInstanceNorm(nnx.Module):
         activation: Activation | None = None,
         reduction_axes: Axes | None = None,
         save: Save = "input",
+        batch_axis_name: AxisName | None = None,
     ) -> None:
         self.num_features = num_features
         self.scale = affine_param(use_scale, scale_init, num_features, param_dtype, rngs, scale_metadata)
@@ -274,6 +276,7 @@ class TrackedInstanceNorm(nnx.Module):
         self.activation = activation
         self.reduction_axes = static(reduction_axes)
         self.save: Save = save
+        self.batch_axis_name = static(batch_axis_name)
 
     def __call__(
         self,
