@@ -40,7 +40,7 @@ def local(case, way, **options):
         ("batch_norm", "sharded", 1e4),
         ("batch_norm_counted", "vmap", 1e4),
         ("batch_norm_relu_residual", "shard_map unchecked", 0),
-        ("batch_norm_two_features", "sharded", 0),
+        pytest.param("batch_norm_two_features", "sharded", 0, marks=pytest.mark.slow),
         pytest.param("batch_norm_counted", "shard_map", 1e4, marks=pytest.mark.slow),
         pytest.param("batch_norm_relu_residual", "pmap", 1e4, marks=pytest.mark.slow),
         pytest.param("batch_norm_two_features", "vmap", 1e4, marks=pytest.mark.slow),
@@ -101,7 +101,7 @@ def test_axis_index_groups(mode, rng):
     ("name", "check_vma"),
     [
         ("group_norm", True),
-        ("layer_norm_samples", False),
+        pytest.param("layer_norm_samples", False, marks=pytest.mark.slow),
         pytest.param("instance_norm", False, marks=pytest.mark.slow),
         pytest.param("rms_norm_mask", True, marks=pytest.mark.slow),
         pytest.param("tracked_instance_norm", True, marks=pytest.mark.slow),
@@ -130,7 +130,7 @@ def axes_of(given):
     return distributed.cut(given, 8)[1]
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "shard_map unchecked"])
+@pytest.mark.parametrize("mode", ["shard_map", pytest.param("shard_map unchecked", marks=pytest.mark.slow)])
 def test_second_order(mode, rng, x64, monkeypatch):
     monkeypatch.setattr(distributed, "WHOLE", (*distributed.WHOLE, "v_scale", "v_bias"))
     case, given = second_order_inputs(rng)

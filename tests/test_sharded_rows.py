@@ -42,7 +42,7 @@ def test_one_collective_each_way(name, sizes):
     assert traffic(program) == [("all-gather", sizes[0]), ("all-reduce", sizes[1])]
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("name", ["layer_norm", pytest.param("add_rms_norm", marks=pytest.mark.slow)])
 def test_masks_and_devices_that_count_nothing(name, rng):
     """Of the third row only the last device counts; of the fourth nobody does."""
     case, given = rows(name, mask=SHAPE)
