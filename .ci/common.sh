@@ -211,6 +211,14 @@ digits_norms() {
   PYTHONPATH=examples "$tools/python" -c 'from digits_models import NORMS; print(*NORMS)'
 }
 
+# multihost PROCESSES DEVICES ARGUMENT...: the example in several processes of this machine, its checkpoint tested in one.
+multihost() {
+  stage "training in $1 processes"
+  show_and_run "$tools/python" examples/launch_local.py --timeout 180 --processes "$1" --devices-per-process "$2" \
+    examples/train_multihost.py --checkpoint "$out/multihost-checkpoint" "${@:3}"
+  show_and_run "$tools/python" examples/train_multihost.py --eval --checkpoint "$out/multihost-checkpoint"
+}
+
 # compare_norms ARGUMENT...: all parts must leave their figures and tables.
 compare_norms() {
   stage "the comparison of the norms"
