@@ -264,7 +264,7 @@ class LinenBlock(nn.Module):
             return getattr(jnn, CLASSES[kind])(param_dtype=x.dtype, **options)(*arrays)
 
         w = {
-            name: self.param(name, self.annotate(nn.initializers.normal(0.3), axes), [self.place.size(a) for a in axes], x.dtype)
+            name: self.param(name, self.annotate(nn.initializers.zeros, axes), [self.place.size(a) for a in axes], x.dtype)
             for name, axes in KERNELS.items()
         }
         return block(w, norm, x, self.place)
@@ -280,7 +280,7 @@ class NnxBlock(nnx.Module):
         rngs = nnx.Rngs(0)
         self.place = place
         for name, axes in KERNELS.items():
-            init = annotate(nnx.initializers.normal(0.3), axes)
+            init = annotate(nnx.initializers.zeros, axes)
             setattr(self, name, nnx.Param(init(rngs.params(), [place.size(a) for a in axes], dtype)))
         for name, (kind, axis) in NORMS.items():
             options = {**names.of(name), **initializers(nnx, annotate, name), **(BATCH_NORM if kind == "batch_norm" else {})}

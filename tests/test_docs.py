@@ -102,6 +102,15 @@ def test_devices_make_states_one():
     assert differ(names["of_stacked"], names["of_replicated"]) < 2.0**-20
 
 
+def test_devices_train_fully_sharded():
+    """Sums of at most 128 terms below 1, in a gradient that moves by a tenth; and rows of 32 and 64, whose sums are below 8."""
+    names = run("guide/devices.md")
+    assert differ(names["moved"], names["moved_on_one"]) < 0.1 * (128 + 16) * 2.0**-24
+    assert differ(names["moved"], names["w"]) > 1e-3
+    assert names["moved"]["up"].sharding.shard_shape((32, 64)) == (16, 16)
+    assert differ(names["y_by_hand"], names["mlp"](names["w"], names["tokens"])) < 8 * (64 + 16) * 2.0**-24
+
+
 def test_devices_count_the_rows_of_an_uneven_batch():
     names = run("guide/devices.md")
     mean = np.asarray(names["odd"], np.float64).mean(0)
