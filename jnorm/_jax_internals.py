@@ -26,7 +26,7 @@ def align(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def clamp(low: jax.Array, a: jax.Array, high: jax.Array) -> jax.Array:
-    """`lax.clamp` to scalars, also where `vmap(spmd_axis_name=...)` maps `shard_map(check_vma=True)`, where JAX's rule leaves them uncast."""
+    """`lax.clamp` to scalars, also in `shard_map(check_vma=True)` under `vmap(spmd_axis_name=...)`, where JAX leaves them uncast."""
     models = core.get_axis_env().spmd_axis_names & manual_axes() if types_track_varying() else None
     if not models:
         return lax.clamp(low, a, high)
