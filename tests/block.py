@@ -3,6 +3,7 @@
 Axes of parameters and activations have logical names, which a `Layout` maps to those of a mesh.
 """
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -116,6 +117,14 @@ LAYOUTS = {
         ),
     ),
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def on(layout, explicit):
+    """The mesh, which is the current one where its axes are explicit."""
+    mesh = layout.mesh(explicit)
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+        yield mesh
 
 
 class Place:

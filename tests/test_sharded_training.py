@@ -13,14 +13,11 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import block
-import cases
 import training
-from block import APIS, AXES, LAYOUTS, STATS_AXES, Layout, Names, in_api
-from cases import BY_NAME, replace
+from block import APIS, AXES, LAYOUTS, STATS_AXES, Layout, Names, in_api, on
 from test_collectives import collectives
 
 SLOW = [pytest.mark.slow]
@@ -28,14 +25,6 @@ SLOW = [pytest.mark.slow]
 
 def check(got, optimizer, dtype="float64"):
     training.check(got, block.reference(optimizer), block.numbers(), dtype)
-
-
-@contextlib.contextmanager
-def on(layout, explicit):
-    """The mesh, which is the current one where its axes are explicit."""
-    mesh = layout.mesh(explicit)
-    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
-        yield mesh
 
 
 def start(layout, mesh, dtype="float64"):
@@ -280,42 +269,6 @@ def test_nnx_partitioning(explicit, x64):
 
 
 # --- what travels -------------------------------------------------------------------------------------------------------------
-
-# Of both, a share of x is larger than everybody's statistics.
-ROWS_OF = {"shape": (8, 8, 512), "kept": {0: 1, 1: 1}, "features": (2,)}
-BATCH_OF = {"shape": (64, 24, 16), "kept": {2: 1}, "features": (2,)}
-TRAVELS = {  # x and the parameters on a mesh -> (shape, names, x, scale and bias and state)
-    "features": ((8,), ("model",), P(None, None, "model"), P("model")),
-    "fsdp": ((8,), ("data",), P("data"), P("data")),
-    "2-D": ((2, 4), ("data", "model"), P("data", None, "model"), P(("model", "data"))),
-    "sequence": ((2, 4), ("data", "model"), P("data", "model"), P("data")),
-}
-TRAVELERS = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "batch_norm"]
-# A quarter in the default run: every norm twice, every layout, and both kinds of mesh.
-TRIPS = [
-    pytest.param(name, layout, explicit, marks=SLOW if (i + j + explicit) % 4 else [])
-    for i, name in enumerate(TRAVELERS)
-    for j, layout in enumerate(TRAVELS)
-    for explicit in (False, True)
-]
-
-
-@pytest.mark.parametrize(("name", "layout", "explicit"), TRIPS)
-def test_x_is_never_gathered(name, layout, explicit):
-    """With everything in parts, value and gradients send less than one device's share of x."""
-    shape, names, of_x, of_parameters = TRAVELS[layout]
-    case = replace(BY_NAME[name], **(BATCH_OF if name == "batch_norm" else ROWS_OF))
-    given = cases.inputs(case)
-    with on(Layout(shape, names, ()), explicit) as mesh:
-        whole = {k: of_x if k in ("x", "dy", "residual") else of_parameters for k in given}
-        placed = {k: jax.tree.map(lambda a, k=k: jax.device_put(a, NamedSharding(mesh, whole[k])), v) for k, v in given.items()}
-        run = jax.jit(cases.value_and_gradients(case))
-        sent = collectives(run.lower(placed).compile())
-        assert all(size < given["x"].size // 8 for _, size in sent), sent
-        y, state, gradients = run(placed)
-    assert y.sharding.is_equivalent_to(placed["x"].sharding, 3)
-    cases.check_gradients(case, given, gradients)
-    cases.check_value(case, given, y, state)
 
 
 @pytest.mark.parametrize("explicit", [False, pytest.param(True, marks=SLOW)], ids=["auto", "explicit"])

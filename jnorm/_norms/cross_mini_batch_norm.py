@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._jax_internals import lying_as
 from .._pipeline.arguments import check_epsilon, check_state_dtype
 from .._pipeline.batch import Batch
 from .._pipeline.population import KEYS, collects
@@ -54,7 +55,7 @@ class _Aux(NamedTuple):
 
 
 def _merged(stats: Stats, earlier: Stats) -> Stats:
-    return combine(jax.tree.map(lambda *both: jnp.stack(both), stats, earlier), 0)
+    return combine(jax.tree.map(lambda own, other: jnp.stack([own, lying_as(other, own)]), stats, earlier), 0)
 
 
 def _map(published: bool, epsilon: float, stats: Stats, aux: _Aux) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -197,7 +198,8 @@ def cross_mini_batch_norm(
     # A state that collects has each mini-batch by itself.
     new = moved(running, stats, momentum) if collects(state) else _moved(running, merged, counted, momentum, running_var_correction)
     new = {**new, "batch_mean": merged.mean, "batch_var": merged.var, "batch_count": merged.count, "index": index}
-    return y, cast(CrossMiniBatchState, {k: lax.stop_gradient(new[k]).astype(jnp.asarray(v).dtype) for k, v in state.items()})
+    old = {key: jnp.asarray(a) for key, a in state.items()}
+    return y, cast(CrossMiniBatchState, {k: lying_as(lax.stop_gradient(new[k]).astype(v.dtype), v) for k, v in old.items()})
 
 
 def _earlier(state: CrossMiniBatchState, number: jax.Array, dtype: Any) -> tuple[Stats, jax.Array]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._jax_internals import lying_along
 from .._pipeline.arguments import Across, broadcast_mask, check_affine, check_dtype, check_epsilon, check_x
 from .._pipeline.axes import Layout, canonical_axes, others
 from .._pipeline.normalize import affine, run
@@ -38,7 +39,8 @@ class Samples(NamedTuple):
     def placed(self, value: jax.Array) -> jax.Array:
         """From the shape of the features to one that broadcasts against statistics."""
         lead = self.layout.ndim - len(self.layout.reduced) - len(self.layout.features)
-        return jnp.broadcast_to(value, self.layout.feature_shape).reshape((1,) * lead + self.layout.feature_shape)
+        value = lying_along(jnp.broadcast_to(value, self.layout.feature_shape), self.x, self.layout.features)
+        return value.reshape((1,) * lead + self.layout.feature_shape)
 
 
 class _Aux(NamedTuple):
