@@ -135,21 +135,21 @@ Groups = tuple[tuple[int, ...], ...] | None
 
 
 def canonical_axis_names(
-    axis_name: Hashable | Sequence[Hashable] | None, axis_index_groups: Sequence[Sequence[int]] | None
+    axis_name: Hashable | Sequence[Hashable] | None, axis_index_groups: Sequence[Sequence[int]] | None, called: str = "axis_name"
 ) -> tuple[AxisNames, Groups]:
-    """Check `axis_name` and `axis_index_groups` against the axes that are bound here; both as tuples."""
+    """Check `axis_name`, which may be `called` otherwise, and `axis_index_groups` against the axes that are bound here; as tuples."""
     if axis_name is None:
         if axis_index_groups is not None:
             raise ValueError("axis_index_groups was given without axis_name; pass the name of the axis that the groups divide.")
         return (), None
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     if not all(isinstance(name, Hashable) for name in names):
-        raise TypeError(f"axis_name must be a name or a tuple of names, got {axis_name!r}.")
+        raise TypeError(f"{called} must be a name or a tuple of names, got {axis_name!r}.")
     if len(set(names)) != len(names):
-        raise ValueError(f"axis_name={axis_name!r} names an axis twice.")
+        raise ValueError(f"{called}={axis_name!r} names an axis twice.")
     sizes = bound_axis_sizes()
     for name in names:
-        _check_bound(name, sizes)
+        _check_bound(name, sizes, called)
     if axis_index_groups is None:
         return names, None
     if len(names) != 1:
@@ -169,21 +169,21 @@ def _indices(groups: Any) -> tuple[tuple[int, ...], ...]:
         raise TypeError(f"axis_index_groups must be a sequence of groups of ints, such as [[0, 1], [2, 3]], got {groups!r}.") from None
 
 
-def _check_bound(name: Hashable, sizes: dict) -> None:
+def _check_bound(name: Hashable, sizes: dict, called: str) -> None:
     if name in mesh_axes() - set(sizes):
         raise ValueError(
-            f"axis_name {name!r} is not bound here: it is an axis of the mesh that the compiler partitions over, where statistics are "
+            f"{called} {name!r} is not bound here: it is an axis of the mesh that the compiler partitions over, where statistics are "
             "global without axis_name. Leave it out, or call inside jax.shard_map over that axis."
         )
     if name not in sizes:
         bound = ", ".join(map(repr, sizes)) or "none"
         raise ValueError(
-            f"axis_name {name!r} is not bound here (bound: {bound}). Call inside jax.pmap, jax.shard_map or jax.vmap with that "
+            f"{called} {name!r} is not bound here (bound: {bound}). Call inside jax.pmap, jax.shard_map or jax.vmap with that "
             "axis name, or leave axis_name out; under jit over sharded arrays statistics are global without it."
         )
     if types_track_varying() and name not in manual_axes():
         raise ValueError(
-            f"axis_name {name!r} belongs to a jax.vmap inside jax.shard_map with check_vma=True, where JAX cannot run a collective "
+            f"{called} {name!r} belongs to a jax.vmap inside jax.shard_map with check_vma=True, where JAX cannot run a collective "
             "over it. Use check_vma=False, or swap the two."
         )
 

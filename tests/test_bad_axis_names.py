@@ -206,6 +206,21 @@ def test_axis_index_groups_as_arrays():
     grouped([range(2), range(2, 4)], axis_name="i")
 
 
+def test_an_axis_of_both_samples_and_batch():
+    """Of `tracked_instance_norm`: what splits the samples does not split the batch."""
+
+    def norm(x):
+        return jnorm.tracked_instance_norm(x, jnorm.batch_norm_state(6), axis_name="i", batch_axis_name=("i",))
+
+    with refuses("axis_name='i'", "batch_axis_name=('i',)"):
+        jax.vmap(norm, axis_name="i")(np.ones((2, 2, 3, 6), np.float32))
+
+
+def test_a_batch_axis_name_that_is_not_bound():
+    with refuses("batch_axis_name", "'nowhere'"):
+        jnorm.tracked_instance_norm(np.ones((2, 3, 6), np.float32), jnorm.batch_norm_state(6), batch_axis_name="nowhere")
+
+
 # --- masks --------------------------------------------------------------------------------------------------------------------------
 
 

@@ -117,10 +117,10 @@ def run(ways, name, way, data):
 
 def matrix(names, ways, fast, allowed=lambda *_: True, data=DATA, pairs=False):
     """All rows, or with `pairs` those of a pairwise order. Its first `fast` are no slow tests, nor the first of values that are in none of
-    these."""
+    these; of ways, where all rows are wanted."""
     order = covering(names, ways, data, allowed=allowed)
     first = order[:fast]
-    for i, value in [(i, row[i]) for row in order for i in range(3)]:
+    for i, value in [(i, row[i]) for row in order for i in ((0, 2) if pairs else (0, 1, 2))]:
         if all(row[i] != value for row in first):
             first.append(next(row for row in order if row[i] == value))
     rows = order if pairs else [row for row in itertools.product(names, ways, data) if allowed(*row)]

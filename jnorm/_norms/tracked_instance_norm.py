@@ -97,7 +97,7 @@ def tracked_instance_norm(
     check_momentum(momentum, state)
     use_running_average, updates = check_switches(use_running_average, update_running)
     across = Across.of(axis_name, axis_index_groups, needed=updates or not use_running_average)
-    of_batch = Across.of(batch_axis_name, None, needed=updates)
+    of_batch = Across.of(batch_axis_name, None, needed=updates, called="batch_axis_name")
     if set(across.names) & set(of_batch.names):
         raise ValueError(
             f"axis_name={axis_name!r} and batch_axis_name={batch_axis_name!r} name the same axis; the first splits the samples themselves, "

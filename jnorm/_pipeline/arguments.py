@@ -23,11 +23,13 @@ class Across(NamedTuple):
     groups: Groups = None
 
     @classmethod
-    def of(cls, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None, needed: bool = True) -> "Across":
+    def of(
+        cls, axis_name: AxisName | None, axis_index_groups: AxisIndexGroups | None, needed: bool = True, called: str = "axis_name"
+    ) -> "Across":
         """Where they are not `needed`, as in evaluation, which merges nothing, names that are not bound are none."""
         if not needed and axis_name is not None and not _are_bound(axis_name):
             return cls()
-        return cls(*canonical_axis_names(axis_name, axis_index_groups))
+        return cls(*canonical_axis_names(axis_name, axis_index_groups, called))
 
 
 def _are_bound(axis_name: AxisName) -> bool:
