@@ -126,6 +126,11 @@ def whole_along(value: jax.Array, axes: Collection[int]) -> jax.Array:
     return value if wanted == spec else jax.sharding.reshard(value, wanted)
 
 
+def lies_whole_along(a: jax.Array, axes: Collection[int]) -> bool:
+    """Whether no axis of these is split in the type of the array, as it may be on a mesh of explicit axes."""
+    return not _has_explicit_axes() or all(i not in axes or name is None for i, name in enumerate(core.typeof(a).sharding.spec))
+
+
 def lying_as(value: jax.Array, other: jax.Array) -> jax.Array:
     """The value, of the other's shape, with its sharding, on a mesh of explicit axes."""
     return with_sharding_of(value, core.typeof(other)) if value.shape == other.shape else value

@@ -214,8 +214,9 @@ def _place(groups: tuple[tuple[int, ...], ...], name: Hashable) -> tuple[jax.Arr
 
 def _gather(v: jax.Array, names: AxisNames, groups: Groups = None, partitioned: bool = False) -> jax.Array:
     """Stack everybody's v along a new leading axis; the result is typed as replicated where types are tracked."""
+    # Tiled: to a new axis JAX mistakes which axes are split over explicit axes of the mesh.
     if groups and _collectives_take_groups(names[0]):
-        return lax.all_gather(v, names[0], axis_index_groups=groups)
+        return lax.all_gather(v[None], names[0], axis_index_groups=groups, tiled=True)
     if groups:
         return _gather(v, names)[_place(groups, names[0])[1]]
     tracked = [n for n in names if n in varying_axes(v)]
@@ -225,14 +226,14 @@ def _gather(v: jax.Array, names: AxisNames, groups: Groups = None, partitioned: 
     for n in rest:
         # vmap gathers over one name at a time.
         if n not in of_mesh:
-            v = _flat(lax.all_gather(v, n))
+            v = lax.all_gather(v, n, tiled=True)
     if of_mesh and types_track_varying():
         # Everybody holds the same v.
         v = _flat(jnp.broadcast_to(v, (math.prod(lax.axis_size(n) for n in of_mesh), *v.shape)))
     elif of_mesh:
         # Not with to="invarying": what JAX transposes inside pmap is then silently wrong.
-        v = _flat(lax.all_gather(v, tuple(of_mesh)))
-    return _flat(lax.all_gather(v, tuple(tracked), to="invarying")) if tracked else v
+        v = lax.all_gather(v, tuple(of_mesh), tiled=True)
+    return lax.all_gather(v, tuple(tracked), tiled=True, to="invarying") if tracked else v
 
 
 def _flat(v: jax.Array) -> jax.Array:

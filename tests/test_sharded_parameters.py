@@ -1,6 +1,7 @@
 """Norms under jit whose x, parameters and running statistics lie in different parts: values, gradients, where results lie, what travels."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -105,3 +106,52 @@ def test_a_collecting_state_in_other_parts(name, key, rng):
     for k, value in want.items():
         assert new[k].sharding.is_equivalent_to(placed[1][k].sharding, 1)
         np.testing.assert_allclose(new[k], value, rtol=(x[..., 0].size + 16) * 2.0**-23, err_msg=k)
+
+
+# --- explicit axes ------------------------------------------------------------------------------------------------------------
+
+ROWS, SPLIT = (8, 6, 8), P("data", None, "model")
+
+
+def weighted_sines(normalize):
+    """A loss whose second derivative is none of the trivial ones."""
+    return lambda x: (jnp.sin(normalize(x)) * jnp.cos(jnp.arange(x.shape[-1]))[None, None]).sum()
+
+
+def gradient_of_squared_gradient(loss):
+    return jax.grad(lambda x: (jax.grad(loss)(x) ** 2).sum())
+
+
+@pytest.mark.parametrize(
+    "normalize",
+    [
+        jnorm.layer_norm,
+        pytest.param(lambda x: x * jnorm.accumulated_moments(lambda b: b, x.swapaxes(0, 1), 0).var[None, None], marks=SLOW),
+    ],
+    ids=["layer_norm", "accumulated_moments"],
+)
+def test_second_order_along_split_axes(normalize, rng):
+    second = gradient_of_squared_gradient(weighted_sines(normalize))
+    x = rng.normal(size=ROWS).astype(np.float32) + 2
+    with on(Layout((2, 4), ("data", "model"), ()), explicit=True):
+        got = jax.jit(second)(jax.device_put(x, SPLIT))
+    want = jax.jit(second)(x)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("groups", [None, pytest.param([[0], [1]], marks=SLOW)])
+def test_manual_over_one_axis_of_two(groups, rng):
+    """The features are split over the other, explicit one: batch norm merges over the manual one, layer norm over the explicit one."""
+
+    def local(x):
+        state = jnorm.batch_norm_state(ROWS[-1])
+        return jnorm.batch_norm(x, state, axis_name="data", axis_index_groups=groups)[0], jnorm.layer_norm(x)
+
+    x = rng.normal(size=ROWS).astype(np.float32) + 2
+    with on(Layout((2, 4), ("data", "model"), ()), explicit=True):
+        mapped = jax.shard_map(local, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}, check_vma=groups is None)
+        batch, row = jax.jit(mapped)(jax.device_put(x, SPLIT))
+    parts = x.astype(np.float64).reshape(2 if groups else 1, -1, ROWS[-1])
+    want = (parts - parts.mean(1, keepdims=True)) / np.sqrt(parts.var(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(batch, want.reshape(ROWS), atol=1e-5)
+    np.testing.assert_allclose(row, jnorm.layer_norm(x), atol=1e-5)

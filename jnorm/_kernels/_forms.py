@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._jax_internals import clamp
+from .._jax_internals import clamp, lies_whole_along
 from .._stats import all_sum, stats_dtype
 from ._op import Spans
 
@@ -120,8 +120,8 @@ def mean(v: jax.Array, n: jax.Array, axes: Sequence[int], spans: Spans) -> jax.A
 
 
 def first_center(v: jax.Array, mask: jax.Array | None, n: jax.Array, axes: Sequence[int], spans: Spans) -> jax.Array:
-    """A value near the mean to subtract first: the first element where that is counted on every device, else a first mean."""
-    if mask is None and not spans(axes) and v.size:
+    """A value near the mean to subtract first: the first element where that is counted and on every device, else a first mean."""
+    if mask is None and not spans(axes) and v.size and lies_whole_along(v, axes):
         return v[tuple(slice(0, 1) if i in axes else slice(None) for i in range(v.ndim))]
     # Any value near the mean does; scaled, the sum of the largest numbers is in range.
     return mean(counted(v * DOWN, mask), n, axes, spans) / DOWN
