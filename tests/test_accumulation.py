@@ -510,3 +510,6 @@ def test_refused_batches():
         take(np.ones((2, 4, 6), np.float32), 0, axis_name="d")
     with refuses("reduction_axes=2", "2 axes"):
         take(np.ones((2, 4, 6), np.float32), 2)
+    for wrong in (lambda b: [b], lambda b: (b,), lambda b: (b, {"mean": b}), lambda b: (b, None, b), lambda b: None):
+        with pytest.raises(TypeError, match="f must return x, or"):
+            jnorm.accumulated_moments(wrong, np.ones((2, 4, 6), np.float32), 0)

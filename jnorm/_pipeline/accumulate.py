@@ -44,7 +44,7 @@ def accumulated_moments(
 
     Raises:
       ValueError: no micro-batches, or different numbers of them; axes, a mask or names that do not fit.
-      TypeError: x is not floating.
+      TypeError: x is not floating, or f returns something else.
 
     Numerics:
       As :func:`moments` and :func:`combine`: merged by count, all at once, so that uneven and empty micro-batches (masks) weigh what they
@@ -73,11 +73,17 @@ def accumulated_moments(
     # The scan itself keeps a micro-batch from being computed twice at once.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_one(batch: Any) -> Stats:
-        out = f(batch)
-        x, mask = out if isinstance(out, tuple) else (out, None)
+        x, mask = _x_and_mask(f(batch))
         return moments(x, reduction_axes, mask=mask)
 
     return _merged(lax.map(of_one, batches), across)
+
+
+def _x_and_mask(out: Any) -> tuple[Any, Any]:
+    x, mask = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+    if not jax.tree_util.all_leaves([x] if mask is None else [x, mask]):
+        raise TypeError(f"f must return x, or (x, mask), each an array, got {jax.tree.structure(out)}.")
+    return x, mask
 
 
 def _check_batches(batches: Any) -> None:
