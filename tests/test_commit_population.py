@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import freeze
 
 import jnorm
 import jnorm.linen as jnn
@@ -192,6 +193,32 @@ def test_nnx_leaves_the_model_as_it_was_after_an_error():
     assert model.mean[...].tolist() == [0] and model.var[...].tolist() == [1] and not hasattr(model, "values")
 
 
+def test_nnx_does_not_collect_twice_at_once():
+    model = jnx.BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
+    with tools.commit_once(model):
+        with pytest.raises(ValueError, match="collects already"), tools.commit_once(model):
+            pass
+        model(np.float32([[1], [3]]))
+    assert model.mean[...].tolist() == [1] and not hasattr(model, "values")
+
+
+@pytest.mark.parametrize("freeze_population", [True, False])
+def test_frozen_collections(freeze_population):
+    state = {"norm": jnorm.batch_norm_state(1)}
+    population = tools.population_state(state)
+    _, population["norm"] = jnorm.batch_norm(np.float32([[1], [3]]), population["norm"])
+    frozen = freeze(state), freeze(population) if freeze_population else population
+    new = tools.commit_population(*frozen, momentum=0.5)
+    assert jax.tree.structure(new) == jax.tree.structure(frozen[0])
+    assert new["norm"]["mean"].tolist() == [1]
+
+
+def test_a_population_of_another_tree():
+    one, two = ({name: jnorm.batch_norm_state(1)} for name in ("one", "two"))
+    with pytest.raises(ValueError, match="state alone has .*one/mean.*the population alone .*two/mean"):
+        tools.commit_population(one, tools.population_state(two))
+
+
 # --- optax.MultiSteps: gradients are accumulated, and statistics with them ----------------------------------------------------------
 
 
@@ -306,7 +333,7 @@ def test_refused():
     population = tools.population_state(state)
     with refuses("population_state", "collects nothing"):
         tools.commit_population(state, state)
-    with refuses("the tree that the population was made of", "'var'"):
+    with refuses("the tree that the population was made of", "'a/var'"):
         tools.commit_population({"a": jnorm.mean_only_batch_norm_state(1)}, population)
     with refuses("no running statistics"):
         tools.commit_population({"a": {"kernel": 1.0}}, {"a": {"kernel": 1.0}})

@@ -1,18 +1,19 @@
 """Running statistics that move once per optimizer step, by all of the step's micro-batches."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict, unfreeze
 from jax import lax
 
 from .._pipeline.population import KEYS, collects
 from .._pipeline.running import check_momentum, update
 from ..typing import Momentum
-from .recalibrate import Estimator, State, _collecting, _map_states
+from .recalibrate import Estimator, State, _collecting, _entries, _map_states
 
 _AVERAGES = ("mean", "var", "std")
 
@@ -61,10 +62,12 @@ def commit_population(state: State, population: State, *, momentum: Momentum = 0
     """
 
     def committed(collected: Any, old: Any) -> Any:
-        _check_pair(collected, old)
+        if not collects(collected):
+            raise ValueError(f"population must come from population_state, got a state of {sorted(collected)}, which collects nothing.")
         return _committed(collected, old, momentum)
 
-    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(_map_states(committed, population, state)))
+    _check_same_tree(population, state)
+    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(_map_states(committed, *map(_thawed, (population, state)))))
 
 
 @contextlib.contextmanager
@@ -80,7 +83,7 @@ def commit_once(model: nnx.Module, *, momentum: Momentum = None, estimator: Esti
       A context manager. Where the context is left by an error, all running statistics are as they were before it.
 
     Raises:
-      ValueError: there is no norm with running statistics in the model; a static momentum that does not fit.
+      ValueError: there is no norm with running statistics in the model; it collects already; a static momentum that does not fit.
 
     Example:
       >>> import jax.numpy as jnp, jnorm.tools
@@ -108,11 +111,18 @@ def _state_of(module: Any) -> dict[str, Any]:
     return {key: v[...] for key, v in vars(module).items() if isinstance(v, nnx.BatchStat)}
 
 
-def _check_pair(collected: Any, old: Any) -> None:
-    if not collects(collected):
-        raise ValueError(f"population must come from population_state, got a state of {sorted(collected)}, which collects nothing.")
-    if not isinstance(old, Mapping) or set(old) != set(collected) - set(KEYS):
-        raise ValueError(f"state must be the tree that the population was made of, got {old!r:.60} for a state of {sorted(collected)}.")
+def _thawed(tree: Any) -> Any:
+    """With dicts for Flax's frozen ones: `apply` returns a plain collection, whichever it was given."""
+    return jax.tree.map(lambda n: unfreeze(n) if isinstance(n, FrozenDict) else n, tree, is_leaf=lambda n: isinstance(n, FrozenDict))
+
+
+def _check_same_tree(population: Any, state: Any) -> None:
+    got, wanted = ({e for e in _entries(tree) if e.split("/")[-1] not in KEYS} for tree in (state, population))
+    if got != wanted:
+        raise ValueError(
+            f"state must be the tree that the population was made of; state alone has {sorted(got - wanted)[:5]}, "
+            f"the population alone {sorted(wanted - got)[:5]}."
+        )
 
 
 def _committed(collected: Any, old: Any, momentum: Momentum) -> dict[str, Any]:

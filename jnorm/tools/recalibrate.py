@@ -258,6 +258,8 @@ def _collecting(model: Any, estimator: Estimator) -> Iterator[list[Any]]:
     if not norms:
         raise ValueError(f"there is no norm with running statistics in the model: none of {[norm.__name__ for norm in NORMS]}.")
     before = [{k: v[...] for k, v in vars(norm).items() if isinstance(v, nnx.BatchStat)} for norm in norms]
+    if any(collects(state) for state in before):
+        raise ValueError("the model collects already: recalibrate and commit_once do not go inside of one another.")
     for norm, state in zip(norms, before, strict=True):
         for key, entry in population_state(state, estimator=estimator).items():
             setattr(norm, key, nnx.BatchStat(entry)) if key in KEYS else getattr(norm, key).set_value(entry)
