@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch_local.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--processes", type=positive_integer, required=True, metavar="N", help="how many to start")
     parser.add_argument("--devices-per-process", type=positive_integer, default=1, metavar="N", help="virtual CPU devices (default: 1)")
-    parser.add_argument("--timeout", type=float, default=float(threading.TIMEOUT_MAX), metavar="SECONDS", help="end all of it after that")
+    parser.add_argument("--timeout", type=seconds, default=float(threading.TIMEOUT_MAX), metavar="SECONDS", help="end all of it after that")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what the processes but 0 print there")
     parser.add_argument("script", help="a Python script, which calls jax.distributed.initialize")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
@@ -171,9 +171,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def positive_integer(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no positive integer")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
+    return value
 
 
 if __name__ == "__main__":

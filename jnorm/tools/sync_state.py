@@ -40,7 +40,8 @@ def sync_state(
 
     Args:
       state: any tree with states of running statistics in it: of pure functions, the collection "batch_stats" of Linen, a train state, an
-        `nnx.State`. Or an NNX model, whose statistics are set. What is no running statistic stays as it is.
+        `nnx.State`. Or an NNX model, whose statistics are set. What is no running statistic stays as it is; but a dict with "mean" and
+        "var" is taken for one wherever it stands, so that where parameters have these names the collection alone should be given.
       axis_name: named axis or axes of `pmap`, `shard_map` or `vmap` that the states differ over.
       axis_index_groups: groups of equal size within that axis, each of which gets its own statistics.
       between_devices: whether the variance has the second term, the spread of the devices' means. False leaves the mean of variances, which
