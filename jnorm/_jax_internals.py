@@ -1,6 +1,7 @@
 """Everything in jnorm that touches JAX internals, in one file. Tested with jax 0.10.0 and 0.10.2."""
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -129,6 +130,32 @@ def whole_along(value: jax.Array, axes: Collection[int]) -> jax.Array:
 def lies_whole_along(a: jax.Array, axes: Collection[int]) -> bool:
     """Whether no axis of these is split in the type of the array, as it may be on a mesh of explicit axes."""
     return not _has_explicit_axes() or all(i not in axes or name is None for i, name in enumerate(core.typeof(a).sharding.spec))
+
+
+def cut_first_axis(value: jax.Array, sizes: tuple[int, int], axis: int) -> jax.Array:
+    """The first axis as two. On a mesh of explicit axes what it is split over goes to `axis` of these, and is gathered where that does not
+    divide."""
+    shape = (*sizes, *value.shape[1:])
+    if not _has_explicit_axes():
+        return value.reshape(shape)
+    sharding = core.typeof(value).sharding
+    names = () if sharding.spec[0] is None else np.atleast_1d(np.asarray(sharding.spec[0], object))
+    if sizes[axis] % math.prod(sharding.mesh.shape[name] for name in names):
+        return whole_along(value, (0,)).reshape(shape)
+    two = [None, None]
+    two[axis] = sharding.spec[0]
+    return lax.reshape(value, shape, out_sharding=PartitionSpec(*two, *sharding.spec[1:]))
+
+
+def join_first_axes(value: jax.Array, like: jax.Array) -> jax.Array:
+    """The first two axes as one, of which the result has as many as `like`, and its sharding on a mesh of explicit axes."""
+    shape = (value.shape[0] * value.shape[1], *value.shape[2:])
+    if not _has_explicit_axes():
+        return value.reshape(shape)[: len(like)]
+    spec = core.typeof(like).sharding.spec
+    if shape[0] == len(like):
+        return lax.reshape(value, shape, out_sharding=PartitionSpec(*spec))
+    return jax.sharding.reshard(whole_along(value, (0, 1)).reshape(shape)[: len(like)], spec)
 
 
 def lying_as(value: jax.Array, other: jax.Array) -> jax.Array:

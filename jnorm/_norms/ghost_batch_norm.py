@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from .._jax_internals import cut_first_axis, join_first_axes, whole_along
 from .._pipeline.arguments import Across, check_epsilon
 from .._pipeline.axes import Layout, others
 from .._pipeline.batch import Batch
@@ -36,12 +37,9 @@ class _Cut(NamedTuple):
         """Filled up with zeros. What has one entry for all examples keeps it."""
         if len(a) != self.examples:
             return a[None]
-        filled = jnp.pad(a, [(0, self.missing)] + [(0, 0)] * (a.ndim - 1)) if self.missing else a
-        return filled.reshape(*self.shape, *a.shape[1:])
-
-    def join(self, y: jax.Array) -> jax.Array:
-        flat = y.reshape(-1, *y.shape[2:])
-        return flat[: self.examples] if self.missing else flat
+        if self.missing:
+            a = jnp.pad(whole_along(a, (0,)), [(0, self.missing)] + [(0, 0)] * (a.ndim - 1))
+        return cut_first_axis(a, self.shape, self.axis)
 
     def layout(self, of: Layout) -> Layout:
         shape, features = (*self.shape, *of.shape[1:]), tuple(i + 1 for i in of.features)
@@ -99,6 +97,7 @@ def _check_choices(**choices: Any) -> None:
 def _one_step_each(state: BatchNormState, stats: Stats, correction: int | float, momentum: Momentum) -> BatchNormState:
     """What one step for each group gives, without the loop: the last one, and each before it times what the later ones keep."""
     old: dict[str, jax.Array] = {key: lax.stop_gradient(jnp.asarray(a)) for key, a in state.items()}
+    stats = Stats(*(whole_along(a, (0,)) for a in stats))
     dtype, counted = stats.count.dtype, stats.count > 0
     keep = jnp.asarray(1.0 if momentum is None else momentum, dtype).clip(0, 1)
     new, kept = {}, jnp.broadcast_to(keep, len(counted))
@@ -193,6 +192,7 @@ def ghost_batch_norm(
     Distributed:
       One all-reduce of 3C numbers for the update, none to normalize, none backward. Under jit over arrays whose batch is sharded,
       consecutive groups need no communication where each device has whole ones; strided groups are spread over all devices.
+      On a mesh of explicit axes x is gathered along the batch where devices cannot have as many groups each.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jnorm
@@ -230,7 +230,7 @@ def ghost_batch_norm(
     cut = _cut_of(batch, group_size, grouping, remainder)
     # An axis for the groups, along which they are the same.
     y, stats = cut.cut(batch).run(map, BatchNormAux(mean[None], var[None], batch.scale, batch.bias), mean[None])
-    y, stats = cut.join(y), lax.stop_gradient(stats)
+    y, stats = join_first_axes(y, batch.x), lax.stop_gradient(stats)
     y = batch.activation(y) if callable(batch.activation) else y
     if not batch.updates:
         return y, state
