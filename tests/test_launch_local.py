@@ -101,6 +101,9 @@ def test_an_interrupt_ends_all(number, tmp_path):
 
 def test_bad_arguments(tmp_path):
     command = [sys.executable, str(EXAMPLES / "launch_local.py")]
-    for arguments, said in [(("--processes", "0", "x.py"), "0 is no positive integer"), (("--processes", "2", "x.py"), "there is no script x.py")]:
+    for arguments, said in [
+        (("--processes", "0", "x.py"), "0 is no positive integer"),
+        (("--processes", "2", "x.py"), "there is no script x.py"),
+    ]:
         ended = subprocess.run([*command, *arguments], cwd=tmp_path, text=True, capture_output=True, timeout=30, check=False)
         assert ended.returncode == 2 and said in ended.stderr
