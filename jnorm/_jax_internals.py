@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax._src import config, core, dispatch, sharding_impls
 from jax.extend import core as jex
-from jax.interpreters import mlir
+from jax.interpreters import ad, mlir
 from jax.sharding import Mesh, PartitionSpec
 from jaxlib import xla_client
 
@@ -36,6 +36,11 @@ def clamp(low: jax.Array, a: jax.Array, high: jax.Array) -> jax.Array:
     except ValueError:  # what is mapped varies over the models, which its type does not say
         low, high = (lax.pcast(v, tuple(models | varying_axes(a)), to="varying") for v in (low, high))
         return lax.clamp_p.bind(low, a, high)
+
+
+def zeros_of(aval: Any) -> Any:
+    """A zero tangent of this type, with the axes in it by which what it is the tangent of varies or lies."""
+    return ad.instantiate_zeros(ad.Zero(aval))
 
 
 def bound_axis_sizes() -> dict[Any, int]:

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.interpreters import ad
 
-from .._jax_internals import align
+from .._jax_internals import align, zeros_of
 from .._kernels import column
 from .._kernels._forms import reciprocal
 from .._stats import Stats, all_sum
@@ -99,8 +98,7 @@ def _or_none(t: Any) -> Any:
 
 
 def _or_zeros(t: Any) -> Any:
-    """With the axes in the type of what it is the tangent of, by which it varies or lies."""
-    return ad.instantiate_zeros(ad.Zero(t.aval)) if isinstance(t, SymbolicZero) else t
+    return zeros_of(t.aval) if isinstance(t, SymbolicZero) else t
 
 
 def run(
