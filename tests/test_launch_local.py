@@ -1,5 +1,6 @@
 """examples/launch_local.py on scripts without JAX: what it tells them, and how a run ends where one fails, hangs, or is interrupted."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -17,7 +18,9 @@ def start(folder, code, *arguments, processes=3, options=()):
     script = folder / "script.py"
     script.write_text(WHO + code)
     command = [sys.executable, str(EXAMPLES / "launch_local.py"), "--processes", str(processes), *options, str(script), *arguments]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # A shell lets what it starts in the background ignore SIGINT, and the tests may be that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
 
 
 def run(folder, code, *arguments, **how):
