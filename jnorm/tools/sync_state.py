@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -195,7 +196,8 @@ def _mix(parts: Mapping[Any, _Mixed], across: Across) -> dict[Any, _Mixed]:
     mixed: dict[Any, _Mixed] = {}
     for some in together.values():
         packed = jnp.concatenate(_promoted(align(list(some.values()))), 1)
-        outs = jnp.split(jnp.stack(_mixture(packed[0], packed[1], packed[2], across)), _ends([a.shape[1] for a in some.values()]), 1)
+        ends = np.cumsum([a.shape[1] for a in some.values()])[:-1]
+        outs = jnp.split(jnp.stack(_mixture(packed[0], packed[1], packed[2], across)), ends, 1)
         mixed |= {key: _Mixed(*(a.reshape(parts[key].mean.shape) for a in out)) for key, out in zip(some, outs, strict=True)}
     return mixed
 
@@ -225,10 +227,6 @@ def _like(a: Any, mean: jax.Array) -> jax.Array:
     nothing = ((mean != mean) & False).astype(whole.dtype)
     whole = jnp.broadcast_to(whole, mean.shape) + nothing
     return whole if spec is None else jax.sharding.reshard(whole, spec)
-
-
-def _ends(sizes: list[int]) -> list[int]:
-    return [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
 
 
 def _wide(a: Any) -> jax.Array:
