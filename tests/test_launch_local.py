@@ -1,6 +1,5 @@
 """examples/launch_local.py on scripts without JAX: what it tells them, and how a run ends where one fails, hangs, or is interrupted."""
 
-import functools
 import os
 import signal
 import subprocess
@@ -14,13 +13,16 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 WHO = "import os, sys, time\ni = int(os.environ['JAX_PROCESS_ID'])\n"
 
 
+# A shell lets what it starts in the background ignore SIGINT, and the tests may be that. (preexec_fn would fork: JAX warns.)
+HEED = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+HEEDING = [sys.executable, "-c", HEED]
+
+
 def start(folder, code, *arguments, processes=3, options=()):
     script = folder / "script.py"
     script.write_text(WHO + code)
     command = [sys.executable, str(EXAMPLES / "launch_local.py"), "--processes", str(processes), *options, str(script), *arguments]
-    # A shell lets what it starts in the background ignore SIGINT, and the tests may be that.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
+    return subprocess.Popen([*HEEDING, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def run(folder, code, *arguments, **how):
