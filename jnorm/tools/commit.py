@@ -13,7 +13,8 @@ from jax import lax
 from .._pipeline.population import KEYS, collects
 from .._pipeline.running import check_momentum, update
 from ..typing import Momentum
-from .recalibrate import Estimator, State, _collecting, _entries, _map_states
+from ._layers import entries, map_states
+from .recalibrate import Estimator, State, _collecting
 
 _AVERAGES = ("mean", "var", "std")
 
@@ -67,7 +68,7 @@ def commit_population(state: State, population: State, *, momentum: Momentum = 0
         return _committed(collected, old, momentum)
 
     _check_same_tree(population, state)
-    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(_map_states(committed, *map(_thawed, (population, state)))))
+    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(map_states(committed, *map(_thawed, (population, state)))))
 
 
 @contextlib.contextmanager
@@ -117,7 +118,7 @@ def _thawed(tree: Any) -> Any:
 
 
 def _check_same_tree(population: Any, state: Any) -> None:
-    got, wanted = ({e for e in _entries(tree) if e.split("/")[-1] not in KEYS} for tree in (state, population))
+    got, wanted = ({e for e in entries(tree) if e.split("/")[-1] not in KEYS} for tree in (state, population))
     if got != wanted:
         raise ValueError(
             f"state must be the tree that the population was made of; state alone has {sorted(got - wanted)[:5]}, "

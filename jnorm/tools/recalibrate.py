@@ -1,7 +1,7 @@
 """Running statistics anew, over a stream of batches, for weights that no longer move."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -9,24 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
-from .. import nnx as jnx
 from .._pipeline.population import BATCHES, KEYS, VALUES, collects, merged
 from .._stats import stats_dtype
+from ._layers import RUNNING_NNX, entries, map_states, nnx_norms
 
 Estimator = Literal["pooled", "mean"]
 State = TypeVar("State")
-# The classes of NNX with running statistics.
-NORMS = (
-    jnx.BatchNorm,
-    jnx.BatchRenorm,
-    jnx.CrossIterationBatchNorm,
-    jnx.CrossMiniBatchNorm,
-    jnx.DivisiveBatchNorm,
-    jnx.EvalNorm,
-    jnx.GhostBatchNorm,
-    jnx.MeanOnlyBatchNorm,
-    jnx.TrackedInstanceNorm,
-)
 _KEY = {"pooled": VALUES, "mean": BATCHES}
 
 
@@ -88,24 +76,19 @@ def recalibrate(step: Callable[[Any, Any], Any], state: State, batches: Iterable
     if isinstance(state, nnx.Module):
         return _recalibrate_module(step, state, batches, estimator)
     population: Any = population_state(state, estimator=estimator)
-    entries = _entries(population)
+    wanted = entries(population)
     number = 0
     for number, batch in enumerate(batches, 1):  # noqa: B007
         population = step(population, batch)
-        if _entries(population) != entries:
+        if entries(population) != wanted:
             raise ValueError(
-                f"the step must return the new state, with the entries of the one that it was given, {entries}; it returned "
-                f"{_entries(population) or type(population).__name__}."
+                f"the step must return the new state, with the entries of the one that it was given, {wanted}; it returned "
+                f"{entries(population) or type(population).__name__}."
             )
     _check_number(number)
     new, old = jax.tree.leaves(population_statistics(population)), jax.tree.leaves(state)
     narrowed = [jnp.asarray(a).astype(jnp.asarray(b).dtype) for a, b in zip(new, old, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(state), narrowed)
-
-
-def _entries(tree: Any) -> list[str]:
-    """By path, which is the same for a dict and for Flax's frozen one."""
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def population_state(state: State, *, estimator: Estimator = "pooled") -> State:
@@ -138,7 +121,7 @@ def population_state(state: State, *, estimator: Estimator = "pooled") -> State:
         mean = averages["mean"].real
         return {**{k: v for k, v in one.items() if k not in KEYS}, **averages, _KEY[estimator]: jnp.zeros(mean.shape, mean.dtype)}
 
-    return _map_states(collecting, state)
+    return map_states(collecting, state)
 
 
 def merge_populations(one: State, two: State) -> State:
@@ -168,7 +151,7 @@ def merge_populations(one: State, two: State) -> State:
             raise ValueError(f"both must be from population_state with the same estimator, got states of {sorted(a)} and of {sorted(b)}.")
         return merged(a, b)
 
-    return _map_states(both, one, two)
+    return map_states(both, one, two)
 
 
 def population_statistics(population: State) -> State:
@@ -196,32 +179,9 @@ def population_statistics(population: State) -> State:
         seen.extend(v for k, v in one.items() if k in KEYS)
         return {k: v for k, v in one.items() if k not in KEYS}
 
-    state = _map_states(finished, population)
+    state = map_states(finished, population)
     _check_collected(seen)
     return state
-
-
-def _is_state(node: Any) -> bool:
-    """Of running statistics; a count of the mean's own shape is that of `feature_statistics`, which are of all data already."""
-    if not isinstance(node, Mapping) or "mean" not in node or any(isinstance(v, Mapping) for v in node.values()):
-        return False
-    return "count" not in node or jnp.shape(node["count"]) != jnp.shape(node["mean"])
-
-
-def _map_states(change: Callable[..., Any], *trees: Any) -> Any:
-    """The first tree with each of its states changed; all else in it stays."""
-    found = []
-
-    def one(node: Any, *others: Any) -> Any:
-        if not _is_state(node):
-            return node
-        found.append(node)
-        return change(node, *others)
-
-    out = jax.tree.map(one, *trees, is_leaf=_is_state)
-    if not found:
-        raise ValueError("there are no running statistics, such as a dict of 'mean' and 'var', in the tree that was given.")
-    return out
 
 
 def _check_number(number: int) -> None:
@@ -254,9 +214,7 @@ def _recalibrate_module(step: Callable[[Any, Any], Any], model: Any, batches: It
 @contextlib.contextmanager
 def _collecting(model: Any, estimator: Estimator) -> Iterator[list[Any]]:
     """The model's norms collect in here; what goes wrong leaves their statistics as they were."""
-    norms: list[Any] = [module for _, module in nnx.iter_modules(model) if isinstance(module, NORMS)]
-    if not norms:
-        raise ValueError(f"there is no norm with running statistics in the model: none of {[norm.__name__ for norm in NORMS]}.")
+    norms = list(nnx_norms(model, RUNNING_NNX).values())
     before = [{k: v[...] for k, v in vars(norm).items() if isinstance(v, nnx.BatchStat)} for norm in norms]
     if any(collects(state) for state in before):
         raise ValueError("the model collects already: recalibrate and commit_once do not go inside of one another.")

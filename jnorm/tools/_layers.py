@@ -1,0 +1,135 @@
+"""Where the norms of a model are: states in a tree of variables, modules of Linen or NNX; and the choice of some of them by path."""
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .. import linen as jnn
+from .. import nnx as jnx
+
+Layers = str | Iterable[str] | Callable[[str], bool]
+# The classes with running statistics.
+RUNNING = (
+    "BatchNorm",
+    "BatchRenorm",
+    "CrossIterationBatchNorm",
+    "CrossMiniBatchNorm",
+    "DivisiveBatchNorm",
+    "EvalNorm",
+    "GhostBatchNorm",
+    "MeanOnlyBatchNorm",
+    "TrackedInstanceNorm",
+)
+STATELESS = ("AddLayerNorm", "AddRMSNorm", "DivisiveNorm", "FilterResponseNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm")
+_FLAX = ("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm")
+RUNNING_NNX = tuple(getattr(jnx, name) for name in RUNNING)
+NORMS_NNX = (*RUNNING_NNX, *(getattr(jnx, name) for name in STATELESS), *(getattr(nnx, name) for name in _FLAX))
+NORMS_LINEN = (*(getattr(jnn, name) for name in (*RUNNING, *STATELESS)), *(getattr(nn, name) for name in _FLAX))
+
+
+def chosen(paths: Iterable[str], layers: Layers | None, what: str = "norms") -> list[str]:
+    """Of the paths, written as "encoder/block_0/norm", those that `layers` asks for, in their order.
+
+    Args:
+      paths: of all that there is.
+      layers: a pattern, in which "*" stands for anything, or a path that others lie under; several of them; a function from path to
+        bool; or None, for all.
+      what: what they are paths of, for the error.
+
+    Raises:
+      ValueError: a pattern, or the function, matches nothing; the error lists what there is.
+    """
+    paths = list(paths)
+    if layers is None:
+        return paths
+    asks = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
+    found = [{path for path in paths if (ask(path) if callable(ask) else _matches(path, ask))} for ask in asks]
+    for ask, some in zip(asks, found, strict=True):
+        if not some:
+            raise ValueError(f"layers={ask!r} matches none of the {what}: {', '.join(map(repr, paths)) or 'there are none'}.")
+    return [path for path in paths if any(path in some for some in found)]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatchcase(path, pattern) or path.startswith(pattern.rstrip("/") + "/")
+
+
+# --- States in a tree of variables ----------------------------------------------------------------------------------------------
+
+
+def is_state(node: Any) -> bool:
+    """Of running statistics; a count of the mean's own shape is that of `feature_statistics`, which are of all data already."""
+    if not isinstance(node, Mapping) or "mean" not in node or any(isinstance(v, Mapping) for v in node.values()):
+        return False
+    return "count" not in node or jnp.shape(node["count"]) != jnp.shape(node["mean"])
+
+
+def path_text(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def entries(tree: Any) -> list[str]:
+    """By path, which is the same for a dict and for Flax's frozen one."""
+    return [path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def state_paths(tree: Any) -> list[str]:
+    """Of the states of running statistics; a state that is the whole tree has the path ""."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state)
+    paths = [path_text(path) for path, node in found if is_state(node)]
+    if not paths:
+        raise ValueError("there are no running statistics, such as a dict of 'mean' and 'var', in the tree that was given.")
+    return paths
+
+
+def map_states(change: Callable[..., Any], *trees: Any, layers: Layers | None = None) -> Any:
+    """The first tree with each of its states changed that `layers` asks for; all else in it stays."""
+    some = set(chosen(state_paths(trees[0]), layers, "states"))
+
+    def one(path: Any, node: Any, *others: Any) -> Any:
+        return change(node, *others) if is_state(node) and path_text(path) in some else node
+
+    return jax.tree_util.tree_map_with_path(one, *trees, is_leaf=is_state)
+
+
+# --- Modules in a model -----------------------------------------------------------------------------------------------------------
+
+
+def nnx_norms(model: nnx.Module, classes: tuple[type, ...] = NORMS_NNX) -> dict[str, Any]:
+    """The norms of an NNX model, by path, jnorm's and Flax's. A model that is a norm has the path ""."""
+    norms = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, classes)}
+    if not norms:
+        raise ValueError(_none_of(classes))
+    return norms
+
+
+def linen_norms(
+    model: nn.Module, variables: Mapping[str, Any], *args: Any, classes: tuple[type, ...] = NORMS_LINEN, **kwargs: Any
+) -> dict[str, Any]:
+    """The norms of a Linen model, by path, in the order in which a call of it calls them. The call is traced, and computes nothing."""
+    norms: dict[str, Any] = {}
+
+    def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, classes) and context.method_name == "__call__":
+            norms.setdefault("/".join(context.module.path), context.module.clone(parent=None))
+        return call(*args, **kwargs)
+
+    def run(variables: Any, args: Any) -> Any:
+        with nn.intercept_methods(note):
+            return model.apply(variables, *args, mutable=True, **kwargs)
+
+    jax.eval_shape(run, variables, args)
+    if not norms:
+        raise ValueError(_none_of(classes))
+    return norms
+
+
+def _none_of(classes: tuple[type, ...]) -> str:
+    names = list(dict.fromkeys(norm.__name__ for norm in classes))
+    what = "norm with running statistics" if set(names) == set(RUNNING) else "norm"
+    return f"there is no {what} in the model: none of {names}."

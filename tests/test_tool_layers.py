@@ -1,0 +1,81 @@
+"""How the tools find states and modules, and choose some of them by path."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import jnorm
+import jnorm.linen as jnn
+import jnorm.nnx as jnx
+from jnorm.tools import _layers
+from refusals import refuses
+
+PATHS = ["norm", "encoder/0/norm", "encoder/10/norm", "head/norm_2"]
+
+
+@pytest.mark.parametrize(
+    "layers, want",
+    [
+        (None, PATHS),
+        ("norm", ["norm"]),
+        ("*norm", PATHS[:3]),
+        ("encoder", PATHS[1:3]),
+        ("encoder/1*", ["encoder/10/norm"]),
+        ("encoder/1", None),
+        (["head", "norm"], ["norm", "head/norm_2"]),
+        (lambda path: path.endswith("2"), ["head/norm_2"]),
+        (["norm", "tail"], None),
+        (lambda path: False, None),
+    ],
+)
+def test_the_choice_by_path(layers, want):
+    if want is None:
+        with refuses("layers=", "matches none of the norms", "'head/norm_2'"):
+            _layers.chosen(PATHS, layers)
+    else:
+        assert _layers.chosen(PATHS, layers) == want
+
+
+def test_states_in_a_tree():
+    state = {"a": [jnorm.batch_norm_state(1), {"kernel": jnp.ones(1)}], "features": jnorm.feature_statistics_state(1)}
+    assert _layers.state_paths(state) == ["a/0"] and _layers.state_paths(state["a"][0]) == [""]
+    changed = _layers.map_states(lambda s: {**s, "mean": s["mean"] + 1}, state)
+    assert changed["a"][0]["mean"] == 1 and changed["features"]["mean"] == 0 and changed["a"][1] is not None
+    with refuses("matches none of the states: 'a/0'"):
+        _layers.map_states(lambda s: s, state, layers="b")
+    with refuses("there are no running statistics"):
+        _layers.state_paths({"kernel": jnp.ones(1)})
+
+
+class Block(nn.Module):
+    norms: tuple = (jnn.BatchNorm, nn.LayerNorm)
+
+    @nn.compact
+    def __call__(self, x, train):
+        for norm in self.norms:
+            x = norm(**({"use_running_average": not train} if norm is jnn.BatchNorm else {}))(nn.Dense(2)(x))
+        return x
+
+
+def test_norms_of_linen_in_the_order_of_calls():
+    x = jnp.ones((3, 2))
+    for order in ((jnn.BatchNorm, nn.LayerNorm), (nn.LayerNorm, jnn.BatchNorm)):
+        model = nn.Sequential([Block(order)])
+        variables = model.init(jax.random.key(0), x, train=True)
+        norms = _layers.linen_norms(model, variables, x, train=True)
+        assert list(norms) == [f"layers_0/{norm.__name__}_0" for norm in order]
+        assert {type(norm) for norm in norms.values()} == set(order)
+    with refuses("there is no norm in the model"):
+        _layers.linen_norms(nn.Dense(2), nn.Dense(2).init(jax.random.key(0), x), x)
+
+
+def test_norms_of_nnx():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), jnx.BatchNorm(2, rngs=rngs), nnx.Sequential(nnx.LayerNorm(2, rngs=rngs)))
+    assert list(_layers.nnx_norms(model)) == ["layers/1", "layers/2/layers/0"]
+    assert list(_layers.nnx_norms(model, _layers.RUNNING_NNX)) == ["layers/1"]
+    assert list(_layers.nnx_norms(model.layers[1])) == [""]
+    with refuses("there is no norm with running statistics in the model"):
+        _layers.nnx_norms(model.layers[0], _layers.RUNNING_NNX)
