@@ -7,7 +7,6 @@ import functools
 import itertools
 import logging
 
-import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,12 @@ import pytest
 from flax import nnx
 
 from flax_grid import MODULES, jit, lenient
+from models import CLASSES, NNXResNet, NNXTransformer, ResNet, Transformer
 
-WIDTHS, CLASSES = (4, 8, 8, 16), 3
 KINDS = ["resnet", "transformer"]
 STEPS = 5
 # About 20 norms one after another, each with sums of up to 512 terms, in 10 steps; Flax's variance cancels about 10 times.
 TOLERANCE = 20 * 512 * 10 * 10 * 2**-52
-WIDE = {"param_dtype": jnp.float64}
 
 
 @pytest.fixture(autouse=True)
@@ -45,50 +43,13 @@ def cross_entropy(logits, labels):
 # --- Linen ------------------------------------------------------------------------------------------------------------------
 
 
-class ResNet(nn.Module):
-    """ResNet-18, narrow: four stages of two basic blocks."""
-
-    norms: object
-
-    @nn.compact
-    def __call__(self, x, train):
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), use_bias=False, **WIDE)
-        # Flax keeps running statistics in param_dtype with force_float32_reductions=False only
-        options = {"use_running_average": not train, "momentum": 0.9, "force_float32_reductions": False, **WIDE}
-        norm = functools.partial(self.norms.BatchNorm, **options)
-        x = nn.relu(norm()(conv(WIDTHS[0])(x)))
-        for stage, width in enumerate(WIDTHS):
-            for block in range(2):
-                strides = 2 if stage and not block else 1
-                y = nn.relu(norm()(conv(width, strides=strides)(x)))
-                y = norm(scale_init=nn.initializers.constant(0.5))(conv(width)(y))
-                if x.shape != y.shape:
-                    x = norm()(conv(width, kernel_size=(1, 1), strides=strides)(x))
-                x = nn.relu(x + y)
-        return nn.Dense(CLASSES, **WIDE)(x.mean((1, 2)))
-
-
-class Transformer(nn.Module):
-    """One block, and the norm that follows the last."""
-
-    norms: object
-
-    @nn.compact
-    def __call__(self, x, train):
-        y = self.norms.LayerNorm(**WIDE)(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2, **WIDE)(y)
-        y = self.norms.RMSNorm(**WIDE)(x)
-        x = x + nn.Dense(8, **WIDE)(nn.gelu(nn.Dense(16, **WIDE)(y)))
-        return nn.Dense(CLASSES, **WIDE)(self.norms.LayerNorm(**WIDE)(x).mean(1))
-
-
 def optimizer_of(kind):
     return optax.sgd(0.05, momentum=0.9) if kind == "resnet" else optax.adam(1e-2)
 
 
 def linen(kind, norms):
     """-> init() -> state; step(state) -> state, loss; evaluate(state) -> loss."""
-    model, tx = {"resnet": ResNet, "transformer": Transformer}[kind](norms), optimizer_of(kind)
+    model, tx = {"resnet": ResNet, "transformer": Transformer}[kind](norms, jnp.float64), optimizer_of(kind)
     x, labels = data(kind)
 
     def init():
@@ -116,62 +77,12 @@ def linen(kind, norms):
 # --- NNX --------------------------------------------------------------------------------------------------------------------
 
 
-class NNXBlock(nnx.Module):
-    def __init__(self, norms, before, width, strides, rngs):
-        conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs, **WIDE)
-        norm = functools.partial(norms.BatchNorm, width, momentum=0.9, rngs=rngs, **WIDE)
-        self.conv1, self.norm1 = conv(before, width, (3, 3), strides=strides), norm()
-        self.conv2, self.norm2 = conv(width, width, (3, 3)), norm(scale_init=nnx.initializers.constant(0.5))
-        self.shortcut = nnx.Sequential(conv(before, width, (1, 1), strides=strides), norm()) if (before, strides) != (width, 1) else None
-
-    def __call__(self, x):
-        y = self.norm2(self.conv2(nnx.relu(self.norm1(self.conv1(x)))))
-        return nnx.relu((x if self.shortcut is None else self.shortcut(x)) + y)
-
-
-class NNXResNet(nnx.Module):
-    def __init__(self, norms, rngs):
-        self.conv = nnx.Conv(3, WIDTHS[0], (3, 3), use_bias=False, rngs=rngs, **WIDE)
-        self.norm = norms.BatchNorm(WIDTHS[0], momentum=0.9, rngs=rngs, **WIDE)
-        widths = [WIDTHS[0], *(w for w in WIDTHS for _ in range(2))]
-        strides = [2 if i and i % 2 == 0 else 1 for i in range(8)]
-        blocks = zip(widths[:-1], widths[1:], strides, strict=True)
-        self.blocks = nnx.List([NNXBlock(norms, *block, rngs) for block in blocks])
-        self.dense = nnx.Linear(WIDTHS[-1], CLASSES, rngs=rngs, **WIDE)
-
-    def __call__(self, x):
-        x = nnx.relu(self.norm(self.conv(x)))
-        for block in self.blocks:
-            x = block(x)
-        return self.dense(x.mean((1, 2)))
-
-
-class NNXTransformerBlock(nnx.Module):
-    def __init__(self, norms, rngs):
-        self.norm1, self.norm2 = norms.LayerNorm(8, rngs=rngs, **WIDE), norms.RMSNorm(8, rngs=rngs, **WIDE)
-        self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=rngs, **WIDE)
-        self.up, self.down = nnx.Linear(8, 16, rngs=rngs, **WIDE), nnx.Linear(16, 8, rngs=rngs, **WIDE)
-
-    def __call__(self, x):
-        x = x + self.attention(self.norm1(x))
-        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
-
-
-class NNXTransformer(nnx.Module):
-    def __init__(self, norms, rngs):
-        self.block = NNXTransformerBlock(norms, rngs)
-        self.norm, self.dense = norms.LayerNorm(8, rngs=rngs, **WIDE), nnx.Linear(8, CLASSES, rngs=rngs, **WIDE)
-
-    def __call__(self, x):
-        return self.dense(self.norm(self.block(x)).mean(1))
-
-
 def nnx_model(kind, norms):
     """As `linen`; the state is that of model and optimizer."""
     x, labels = data(kind)
 
     def make():
-        model = {"resnet": NNXResNet, "transformer": NNXTransformer}[kind](norms, nnx.Rngs(0))
+        model = {"resnet": NNXResNet, "transformer": NNXTransformer}[kind](norms, nnx.Rngs(0), jnp.float64)
         return {"model": model, "optimizer": nnx.Optimizer(model, optimizer_of(kind), wrt=nnx.Param)}
 
     def init():
