@@ -1,0 +1,37 @@
+"""States that are frozen: marks in a state of running statistics, which the norms heed whatever they are called with.
+
+A state is marked by a key more. Whether it is there is static; its value is zeros of the mean's shape, which go through unchanged, so that a
+marked state is carried, stacked, sharded and saved as any other is.
+
+    "frozen_statistics"   the running statistics normalize, in training mode too
+    "frozen_updates"      they do not move
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+import jax.numpy as jnp
+
+from . import population
+
+State = TypeVar("State", bound=Mapping[str, Any])
+STATISTICS, UPDATES = "frozen_statistics", "frozen_updates"
+KEYS = (STATISTICS, UPDATES)
+# What the keys of a state are extended by, in the order of a module's variables.
+ADDED = (*population.KEYS, *KEYS)
+
+
+def marks_of(state: Any) -> dict[str, Any]:
+    return {key: state[key] for key in KEYS if key in state} if isinstance(state, Mapping) else {}
+
+
+def marked(state: State, statistics: bool = True, updates: bool = True) -> State:
+    """The state with these marks, beside those that it has."""
+    keys = [key for key, wanted in ((STATISTICS, statistics), (UPDATES, updates)) if wanted and key not in state]
+    return cast(State, {**state, **{key: jnp.zeros_like(jnp.asarray(state["mean"]).real) for key in keys}})
+
+
+def unmarked(state: State, statistics: bool = True, updates: bool = True) -> State:
+    """The state without these marks."""
+    keys = [key for key, wanted in ((STATISTICS, statistics), (UPDATES, updates)) if wanted]
+    return cast(State, {key: v for key, v in state.items() if key not in keys})
