@@ -1,0 +1,7 @@
+"""Norms and models of other libraries, to jnorm and back: `jnorm.tools.convert`, which is imported by its own name."""
+
+from ._norm import Norm as Norm
+from ._norm import of_linen as of_linen
+from ._norm import of_nnx as of_nnx
+
+__all__ = ["Norm", "of_linen", "of_nnx"]
