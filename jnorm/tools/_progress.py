@@ -18,20 +18,12 @@ def progress_bar(shown: bool, what: str, total: int | None = None, of_bytes: boo
         yield lambda number: None
         return
     try:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich import console, progress
     except ImportError as e:
         raise ImportError('progress=True needs rich, which the extra has: python -m pip install "jnorm[examples]".') from e
-    number = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), number, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    number = progress.DownloadColumn() if of_bytes else progress.MofNCompleteColumn()
+    times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), number, *times)
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda number: bar.advance(task, number)
