@@ -83,9 +83,9 @@ def check_keeps_batch(reduction_axes: Axes | None, features: Axes, ndim: int) ->
         )
 
 
-def takes_statistics(use_running_average: Any, update_running: Any) -> bool:
+def takes_statistics(use_running_average: Any, update_running: Any, state: Any) -> bool:
     """Whether a norm with running statistics looks at those of x."""
-    evaluates, updates = check_switches(use_running_average, update_running)
+    evaluates, updates = check_switches(use_running_average, update_running, state)
     return updates or not evaluates
 
 
@@ -174,7 +174,7 @@ def run_eval_norm(
     if len(feature_shape(x, features, "feature_axes")) < x.ndim:
         check_keeps_batch(module.reduction_axes, features, x.ndim)
     samples = {"reduction_axes": distinct_axes(module.reduction_axes, x.ndim), "feature_axes": features, "mask": mask}
-    evaluates, updates = check_switches(call["use_running_average"], call["update_running"])
+    evaluates, updates = check_switches(call["use_running_average"], call["update_running"], state)
     if updates or not evaluates or initializes:
         y, new = batch_norm(x, **call, running_var_correction=module.running_var_correction, feature_axes=features, mask=mask)
     if updates and module.learn_weights and not collects(state):

@@ -196,7 +196,7 @@ def batch_norm(
       1 - momentum, and its running variance the unbiased one (`running_var_correction=1`); Keras's epsilon is 1e-3.
     """
     batch = Batch.of(
-        "batch_norm", x, scale, bias, use_running_average=use_running_average, update_running=update_running,
+        "batch_norm", x, state, scale, bias, use_running_average=use_running_average, update_running=update_running,
         feature_axes=feature_axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, activation=activation,
         residual=residual, dtype=dtype, save=save, allow_complex=True, statistics=statistics,
     )  # fmt: skip
@@ -208,7 +208,7 @@ def batch_norm(
     aux = BatchNormAux(mean, var, batch.scale, batch.bias)
     if is_complex:
         y, stats = _run_complex(batch, epsilon, aux)
-    elif batch.given is not None:
+    elif batch.given is not None and not batch.evaluates:
         y, stats = batch.run(functools.partial(_map_of_given, epsilon), (batch.given, aux), mean)
     else:
         y, stats = batch.run(functools.partial(batch_norm_map, epsilon), aux, mean)

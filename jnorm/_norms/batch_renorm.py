@@ -221,7 +221,7 @@ def batch_renorm(
       variance with epsilon in it, and adds epsilon again before it takes the root.
     """
     batch = Batch.of(
-        "batch_renorm", x, scale, bias, use_running_average=use_running_average, update_running=update_running,
+        "batch_renorm", x, state, scale, bias, use_running_average=use_running_average, update_running=update_running,
         feature_axes=feature_axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, activation=activation,
         residual=residual, dtype=dtype, save=save,
     )  # fmt: skip

@@ -20,8 +20,8 @@ from .._pipeline.iterations import (
     slot_shapes,
     with_iteration,
 )
+from .._pipeline.marks import ADDED
 from .._pipeline.normalize import affine
-from .._pipeline.population import KEYS
 from .._pipeline.running import check_momentum, check_state, moved
 from .._stats import Stats, combine, inverse_sqrt, stats_dtype
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, CrossIterationState, Mask, Momentum, WindowRule
@@ -213,7 +213,7 @@ def cross_iteration_batch_norm(
       averages here are by count.
     """
     batch = Batch.of(
-        "cross_iteration_batch_norm", x, scale, bias, use_running_average=use_running_average, update_running=update_running,
+        "cross_iteration_batch_norm", x, state, scale, bias, use_running_average=use_running_average, update_running=update_running,
         feature_axes=feature_axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, activation=activation,
         residual=residual, dtype=dtype, save="input",
     )  # fmt: skip
@@ -231,7 +231,7 @@ def cross_iteration_batch_norm(
     y, stats = batch.run(functools.partial(_map, epsilon), aux, aux.mean)
     if not batch.updates:
         return y, state
-    running = {key: a for key, a in state.items() if key in ("mean", "var", "count", *KEYS)}
+    running = {key: a for key, a in state.items() if key in ("mean", "var", "count", *ADDED)}
     new = moved(running, stats, momentum, running_var_correction)
     new = {**new, **with_iteration(state, batch, stats, inputs, kernel, linear_op, num_groups)}
     return y, cast(CrossIterationState, {key: new[key] for key in state})
@@ -261,9 +261,9 @@ def _check_state(state: Any, batch: Batch, kernel: jax.Array, num_groups: int) -
     """How many slots there are."""
     keys = {"mean", "var", "index", *slot_shapes(kernel.shape, 0, num_groups, isinstance(state, dict) and "covariances" in state)}
     got = set(state) if isinstance(state, dict) else None
-    if got is None or got - {"count", *KEYS} != keys:
+    if got is None or got - {"count", *ADDED} != keys:
         what = type(state).__name__ if got is None else sorted(map(str, got))
         raise ValueError(f"state must be a dict of {sorted(keys)} and optionally 'count', got {what}; make it with jnorm.{_MADE_BY}.")
     slots = check_slots(state, kernel.shape, num_groups, _MADE_BY)
-    check_state({k: state[k] for k in ("mean", "var", "count", *KEYS) if k in got}, batch.layout.feature_shape, made_by=_MADE_BY)
+    check_state({k: state[k] for k in ("mean", "var", "count", *ADDED) if k in got}, batch.layout.feature_shape, made_by=_MADE_BY)
     return slots

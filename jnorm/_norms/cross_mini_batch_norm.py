@@ -12,7 +12,8 @@ from jax import lax
 from .._jax_internals import lying_as
 from .._pipeline.arguments import check_epsilon, check_state_dtype
 from .._pipeline.batch import Batch
-from .._pipeline.population import KEYS, collects
+from .._pipeline.marks import ADDED
+from .._pipeline.population import collects
 from .._pipeline.running import check_momentum, check_state, corrected_var, moved, update
 from .._stats import Stats, combine, stats_dtype
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, CrossMiniBatchState, Mask, Momentum
@@ -175,7 +176,7 @@ def cross_mini_batch_norm(
       "published" gradient.
     """
     batch = Batch.of(
-        "cross_mini_batch_norm", x, scale, bias, use_running_average=use_running_average, update_running=update_running,
+        "cross_mini_batch_norm", x, state, scale, bias, use_running_average=use_running_average, update_running=update_running,
         feature_axes=feature_axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, activation=activation,
         residual=residual, dtype=dtype, save="input",
     )  # fmt: skip
@@ -194,7 +195,7 @@ def cross_mini_batch_norm(
         return y, state
     merged, index = _merged(stats, earlier), index + 1
     counted = (merged.count > 0) & (index == number) if update == "last" else stats.count > 0
-    running: dict[str, Any] = {key: a for key, a in state.items() if key in ("mean", "var", "count", *KEYS)}
+    running: dict[str, Any] = {key: a for key, a in state.items() if key in ("mean", "var", "count", *ADDED)}
     # A state that collects has each mini-batch by itself.
     new = moved(running, stats, momentum) if collects(state) else _moved(running, merged, counted, momentum, running_var_correction)
     new = {**new, "batch_mean": merged.mean, "batch_var": merged.var, "batch_count": merged.count, "index": index}

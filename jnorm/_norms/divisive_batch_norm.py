@@ -87,7 +87,7 @@ def divisive_batch_norm(
       https://arxiv.org/abs/1611.04520: BN*, whose σ the published configurations (renmengye/div-norm) set to 1 for CIFAR-10.
     """
     batch = Batch.of(
-        "divisive_batch_norm", x, scale, bias, use_running_average=use_running_average, update_running=update_running,
+        "divisive_batch_norm", x, state, scale, bias, use_running_average=use_running_average, update_running=update_running,
         feature_axes=feature_axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, activation=activation,
         residual=residual, dtype=dtype, save="input",
     )  # fmt: skip

@@ -112,7 +112,7 @@ def _one_step_each(state: BatchNormState, stats: Stats, correction: int | float,
     weight, before = (1 - each) * later, each[0] * later[0]
     for key, now in (("mean", stats.mean), ("var", corrected_var(stats, correction))):
         new[key] = before * old[key].astype(now.dtype) + (weight * now).sum(0)
-    return cast(BatchNormState, {key: new[key].astype(a.dtype) for key, a in old.items()})
+    return cast(BatchNormState, {key: new[key].astype(a.dtype) if key in new else a for key, a in old.items()})
 
 
 def ghost_batch_norm(
@@ -212,7 +212,7 @@ def ghost_batch_norm(
     group_size = check_group_size(group_size)
     _check_choices(grouping=grouping, remainder=remainder, update=update)
     batch = Batch.of(
-        "ghost_batch_norm", x, scale, bias, use_running_average=use_running_average, update_running=update_running,
+        "ghost_batch_norm", x, state, scale, bias, use_running_average=use_running_average, update_running=update_running,
         feature_axes=feature_axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, activation=activation,
         residual=residual, dtype=dtype, save=save,
     )  # fmt: skip

@@ -132,7 +132,7 @@ def mean_only_batch_norm(
       https://arxiv.org/abs/1602.07868. The authors' code keeps 0.9 of the running mean. Flax, Keras and PyTorch do not have it.
     """
     batch = Batch.of(
-        "mean_only_batch_norm", x, None, bias, use_running_average=use_running_average, update_running=update_running,
+        "mean_only_batch_norm", x, state, None, bias, use_running_average=use_running_average, update_running=update_running,
         feature_axes=feature_axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, activation=activation,
         residual=residual, dtype=dtype, save=save,
     )  # fmt: skip

@@ -95,7 +95,7 @@ def tracked_instance_norm(
     layout = instance_layout(x, reduction_axes, feature_axes)
     check_state(state, layout.feature_shape)
     check_momentum(momentum, state)
-    use_running_average, updates = check_switches(use_running_average, update_running)
+    use_running_average, updates = check_switches(use_running_average, update_running, state)
     across = Across.of(axis_name, axis_index_groups, needed=updates or not use_running_average)
     of_batch = Across.of(batch_axis_name, None, needed=updates, called="batch_axis_name")
     if set(across.names) & set(of_batch.names):

@@ -14,6 +14,7 @@ from .._kernels._forms import ACTIVATIONS, INVERTIBLE
 from .._stats import AxisNames, Groups, Stats, canonical_axis_names, stats_dtype
 from ..typing import Activation, AxisIndexGroups, AxisName, Mask, Save
 from .axes import Layout
+from .marks import STATISTICS, UPDATES, marks_of
 
 
 class Across(NamedTuple):
@@ -104,10 +105,11 @@ def check_flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
-def check_switches(use_running_average: Any, update_running: Any) -> tuple[bool, bool]:
-    """Whether running statistics normalize, and whether they move: by default exactly when they do not."""
-    evaluates = check_flag(use_running_average, "use_running_average")
-    return evaluates, not evaluates if update_running is None else check_flag(update_running, "update_running")
+def check_switches(use_running_average: Any, update_running: Any, state: Any) -> tuple[bool, bool]:
+    """Whether running statistics normalize, and whether they move: by default exactly in training. The marks of the state go before."""
+    evaluates, marks = check_flag(use_running_average, "use_running_average"), marks_of(state)
+    updates = not evaluates if update_running is None else check_flag(update_running, "update_running")
+    return evaluates or STATISTICS in marks, updates and UPDATES not in marks
 
 
 def check_epsilon(epsilon: float) -> float:

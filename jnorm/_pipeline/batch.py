@@ -52,6 +52,7 @@ class Batch(NamedTuple):
         cls,
         name: str,
         x: Any,
+        state: Any,
         scale: Any,
         bias: Any,
         *,
@@ -73,8 +74,8 @@ class Batch(NamedTuple):
         layout = Layout(x.shape, others(x.ndim, features), features)
         if jnp.iscomplexobj(x) and check_activation(activation):
             raise TypeError(f"activation {activation!r} is for real x; pass a callable of complex arrays.")
-        evaluates, updates = check_switches(use_running_average, update_running)
-        given = check_given(statistics, layout, x, evaluates)
+        evaluates, updates = check_switches(use_running_average, update_running, state)
+        given = check_given(statistics, layout, x, bool(use_running_average))
         takes = given is None and (updates or not evaluates)
         across = Across.of(axis_name, axis_index_groups, needed=takes)
         if takes and not layout.reduced and not across.names:
@@ -137,8 +138,10 @@ class Batch(NamedTuple):
         return jax.tree.map(beside, tree)
 
     def _fixed(self, running_mean: jax.Array) -> Stats | None:
+        if self.evaluates:
+            return _around(running_mean, jnp.zeros_like(running_mean), self.layout)
         if self.given is None:
-            return _around(running_mean, jnp.zeros_like(running_mean), self.layout) if self.evaluates else None
+            return None
         counted = self.given.count > 0
         center, offset = jnp.where(counted, self.given.center, running_mean), jnp.where(counted, self.given.offset, 0)
         return _around(center, offset, self.layout)

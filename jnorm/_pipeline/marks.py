@@ -1,7 +1,7 @@
 """States that are frozen: marks in a state of running statistics, which the norms heed whatever they are called with.
 
-A state is marked by a key more. Whether it is there is static; its value is zeros of the mean's shape, which go through unchanged, so that a
-marked state is carried, stacked, sharded and saved as any other is.
+A state is marked by a key more. Whether it is there is static; its value is zeros of the mean's shape, which go through unchanged, so that
+a marked state is carried, stacked, sharded and saved as any other is.
 
     "frozen_statistics"   the running statistics normalize, in training mode too
     "frozen_updates"      they do not move

@@ -11,7 +11,7 @@ from jax import lax
 from .._jax_internals import lying_as, varying_axes
 from .._stats import Stats, all_sum, max_over
 from ..typing import BatchNormState, Momentum
-from . import population
+from . import marks, population
 from .arguments import Across, check_statistics
 
 State = TypeVar("State", bound=Mapping[str, Any])
@@ -29,11 +29,11 @@ def check_state(
     """The keys, shapes and kinds of a state of averages per feature. Of them the mean alone may be complex."""
     got = set(state) if isinstance(state, dict) else None
     collecting = () if got is None else tuple(key for key in population.KEYS if key in got)
-    if got is None or got - {"count", *collecting} != set(keys) or len(collecting) > 1:
+    if got is None or got - {"count", *collecting, *marks.KEYS} != set(keys) or len(collecting) > 1:
         wanted = ", ".join(map(repr, keys))
         what = type(state).__name__ if got is None else sorted(map(str, got))
         raise ValueError(f"state must be a dict of {wanted} and optionally 'count', got {what}; make it with jnorm.{made_by}.")
-    for key in (*keys, *collecting):
+    for key in (*keys, *collecting, *marks.marks_of(state)):
         if jnp.shape(state[key]) != feature_shape:
             raise ValueError(f"state[{key!r}] must have the shape of x's feature axes {feature_shape}, got {jnp.shape(state[key])}.")
         if not jnp.issubdtype(jnp.result_type(state[key]), jnp.inexact):
@@ -84,7 +84,7 @@ def update(state: State, batch: dict[str, jax.Array], counted: jax.Array, moment
         a_kept, k = a.astype(now.dtype), keep.astype(now.dtype)
         return jnp.where(there, k * a_kept + (1 - k) * now, a_kept).astype(a.dtype)
 
-    new = {key: moved(old[key], now) for key, now in batch.items()}
+    new = {key: moved(old[key], now) for key, now in batch.items()} | marks.marks_of(old)
     if count is not None:
         # Where devices have some of the features each, and types say so, the count is of all features.
         split = varying_axes(next(old[key] for key in batch)) - varying_axes(old["count"])
@@ -152,4 +152,6 @@ def update_running(
     statistics = check_statistics(statistics)
     check_state(state, statistics.mean.shape)
     check_momentum(momentum, state)
+    if marks.UPDATES in state:
+        return state
     return moved(state, statistics, momentum, running_var_correction)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from .._modules import merged_axes, result_dtype, state_dtype, state_for, state_keys, takes_statistics
-from .._pipeline.population import KEYS as COLLECTED
+from .._pipeline.marks import ADDED
 from .._stats import Stats
 from ..typing import Momentum
 from ._variables import StateVariables, bias_param, scale_param
@@ -16,7 +16,7 @@ from ._variables import StateVariables, bias_param, scale_param
 def running_variables(module: Any, make: Callable[..., Any], keys_of: type, x: jax.Array, shape: tuple[int, ...]) -> StateVariables:
     """The state that `make` makes, of the TypedDict `keys_of`, as variables."""
     dtype = state_dtype(x.dtype, module.param_dtype, getattr(module, "force_float32_reductions", True))
-    keys = (*state_keys(keys_of, module.track_count), *(key for key in COLLECTED if module.has_variable("batch_stats", key)))
+    keys = (*state_keys(keys_of, module.track_count), *(key for key in ADDED if module.has_variable("batch_stats", key)))
     return StateVariables(module, lambda: make(shape, track_count=module.track_count, dtype=dtype), keys)
 
 
@@ -47,7 +47,7 @@ def running_arguments(
     return {
         "state": state,
         **affine,
-        **merged_axes(module, takes_statistics(evaluates, update_running) and statistics is None and not module.is_initializing()),
+        **merged_axes(module, takes_statistics(evaluates, update_running, state) and statistics is None and not module.is_initializing()),
         "use_running_average": evaluates or alone,
         "update_running": False if module.is_initializing() else update_running,
         "momentum": module.momentum if momentum is None else momentum,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._modules import floating
 from .._norms.cross_iteration_batch_norm import cross_iteration_batch_norm, cross_iteration_batch_norm_state
-from .._pipeline.population import KEYS as COLLECTED
+from .._pipeline.marks import ADDED
 from ..typing import Activation, AxisIndexGroups, AxisName, Mask, Momentum, WindowRule
 from ._arguments import running_arguments
 from ._variables import Initializer, StateVariables, errors_of, param_of
@@ -124,7 +124,7 @@ class CrossIterationBatchNorm(nn.Module):
                     track_count=self.track_count,
                 )
 
-            keys = (*jax.eval_shape(make), *(key for key in COLLECTED if self.has_variable("batch_stats", key)))
+            keys = (*jax.eval_shape(make), *(key for key in ADDED if self.has_variable("batch_stats", key)))
             variables = StateVariables(self, make, keys)
             call = running_arguments(self, given, x, variables, use_running_average, update_running, momentum)
             y, state = cross_iteration_batch_norm(

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from .._modules import merged_axes, state_for, state_keys, takes_statistics
-from .._pipeline.population import KEYS as COLLECTED
+from .._pipeline.marks import ADDED
 from .._stats import Stats
 from ..typing import Momentum
 from ._variables import read_state, value, y_dtype
@@ -32,7 +32,7 @@ def running_arguments(
 ) -> dict[str, Any]:
     """The arguments that all norms with running statistics take: of the call, else of the constructor. `keys_of`: the state's TypedDict."""
     name = type(module).__name__
-    keys = (*state_keys(keys_of, module.track_count), *(key for key in COLLECTED if hasattr(module, key)))
+    keys = (*state_keys(keys_of, module.track_count), *(key for key in ADDED if hasattr(module, key)))
     state = read_state(module, keys, shape)
     affine = {key: value(getattr(module, key), shape) for key in ("scale", "bias") if hasattr(module, key)}
     evaluates = nnx.module.first_from(
@@ -42,14 +42,14 @@ def running_arguments(
         "pass it to the constructor or to the call, or set it with train(), eval() or nnx.view.",
     )
     update_running = module.update_running if update_running is None else update_running
-    averages = tuple(entry for key, entry in state.items() if key not in ("count", *COLLECTED))
+    averages = tuple(entry for key, entry in state.items() if key not in ("count", *ADDED))
     options = {key: getattr(module, key) for key in ("epsilon", "save") if hasattr(module, key)}
     if statistics is not None:  # merged already
         options["statistics"] = statistics
     return {
         "state": state_for(x, state),
         **affine,
-        **merged_axes(module, takes_statistics(evaluates, update_running) and statistics is None),
+        **merged_axes(module, takes_statistics(evaluates, update_running, state) and statistics is None),
         "use_running_average": evaluates,
         "update_running": update_running,
         "momentum": module.momentum if momentum is None else momentum,

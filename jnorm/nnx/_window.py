@@ -8,7 +8,7 @@ from flax import nnx
 
 from .._modules import floating
 from .._norms.cross_iteration_batch_norm import cross_iteration_batch_norm, cross_iteration_batch_norm_state
-from .._pipeline.population import KEYS as COLLECTED
+from .._pipeline.marks import ADDED
 from ..typing import Activation, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, WindowRule
 from ._arguments import running_arguments, set_running_view
 from ._variables import (
@@ -186,7 +186,7 @@ class CrossIterationBatchNorm(nnx.Module):
             x, kernel = floating(given, self.dtype), layer.kernel[...]
             shape = kernel.shape[-1:]
             call = running_arguments(self, BatchNormState, given, x, shape, use_running_average, update_running, momentum)
-            call["state"] = {key: getattr(self, key)[...] for key in (*self.state_keys, *COLLECTED) if hasattr(self, key)}
+            call["state"] = {key: getattr(self, key)[...] for key in (*self.state_keys, *ADDED) if hasattr(self, key)}
             y, state = cross_iteration_batch_norm(
                 x,
                 **call,
