@@ -13,7 +13,7 @@ from jax import lax
 from .._pipeline.arguments import check_epsilon, check_state_dtype
 from .._pipeline.batch import Batch
 from .._pipeline.normalize import affine
-from .._pipeline.population import collected, collects
+from .._pipeline.population import collected, collection, collects, with_collection
 from .._pipeline.running import check_momentum, check_state, update
 from .._stats import Stats, inverse_sqrt, stats_dtype
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchRenormState, Limit, Mask, Momentum, RenormSchedules, Save
@@ -241,8 +241,8 @@ def batch_renorm(
 
 def _collected(state: BatchRenormState, stats: Stats, epsilon: float) -> BatchRenormState:
     """What is collected is the variance."""
-    entries = dict(state)
+    entries = collection(state)
     std = jnp.asarray(entries.pop("std"))
     new = collected({**entries, "var": std.astype(stats.var.dtype) ** 2 - epsilon}, stats)
     std_of_all = jnp.sqrt(jnp.maximum(new.pop("var"), 0) + epsilon)
-    return cast(BatchRenormState, {**new, "std": std_of_all.astype(std.dtype)})
+    return cast(BatchRenormState, with_collection(state, {**new, "std": std_of_all.astype(std.dtype)}))

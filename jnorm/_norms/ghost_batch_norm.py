@@ -13,7 +13,7 @@ from .._jax_internals import cut_first_axis, join_first_axes, whole_along
 from .._pipeline.arguments import Across, check_epsilon
 from .._pipeline.axes import Layout, others
 from .._pipeline.batch import Batch
-from .._pipeline.population import BATCHES, VALUES
+from .._pipeline.population import VALUES, collects
 from .._pipeline.running import check_momentum, check_state, corrected_var, moved, moved_by_members
 from .._stats import Stats, all_combine, combine, stats_dtype
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Grouping, GroupUpdate, Mask, Momentum, Remainder, Save
@@ -236,6 +236,6 @@ def ghost_batch_norm(
         return y, state
     if VALUES in state:
         return y, moved(state, all_combine(combine(stats, 0), *across), momentum)
-    if update == "each" and BATCHES not in state:
+    if update == "each" and not collects(state):
         return y, _one_step_each(state, stats, running_var_correction, momentum)
     return y, moved_by_members(state, stats, (0,), momentum, running_var_correction, across)

@@ -18,7 +18,7 @@ State = TypeVar("State", bound=Mapping[str, Any])
 STATISTICS, UPDATES = "frozen_statistics", "frozen_updates"
 KEYS = (STATISTICS, UPDATES)
 # What the keys of a state are extended by, in the order of a module's variables.
-ADDED = (*population.KEYS, *KEYS)
+ADDED = (*population.ENTRIES, *KEYS)
 
 
 def marks_of(state: Any) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def check_state(
     """The keys, shapes and kinds of a state of averages per feature. Of them the mean alone may be complex."""
     got = set(state) if isinstance(state, dict) else None
     collecting = () if got is None else tuple(key for key in population.KEYS if key in got)
-    if got is None or got - {"count", *collecting, *marks.KEYS} != set(keys) or len(collecting) > 1:
+    apart = {collected for key, collected in population.APART.items() if key in keys and collecting}
+    if got is None or got - {"count", *collecting, *apart, *marks.KEYS} != set(keys) or len(collecting) > 1:
         wanted = ", ".join(map(repr, keys))
         what = type(state).__name__ if got is None else sorted(map(str, got))
         raise ValueError(f"state must be a dict of {wanted} and optionally 'count', got {what}; make it with jnorm.{made_by}.")

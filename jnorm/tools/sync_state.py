@@ -13,7 +13,7 @@ from .. import nnx as jnx
 from .._jax_internals import align, replicated, varying_axes, with_sharding_of
 from .._norms.eval_norm_fit import KEYS as FIT
 from .._pipeline.arguments import Across
-from .._pipeline.population import BATCHES, KEYS, VALUES
+from .._pipeline.population import KEYS, VALUES
 from .._stats import all_stack, all_sum, participants, stats_dtype
 from ..typing import AxisIndexGroups, AxisName
 
@@ -55,8 +55,8 @@ def sync_state(
       - "mean", "var", "std" (with epsilon in it, which stays): as above. The weights are "count", where there is one.
       - "count": its mean over the devices. After equally many steps of each that is the number that all have; in general the devices
         together hold as many batches as before, so that the next step, synchronized or not, has the weight that it had.
-      - Of a population (:func:`population_state`) as :func:`merge_populations` of all: weights are "values" or "batches", which are added
-        up, so that this is for once, when all is collected. With "batches" variances are averaged alone.
+      - Of a population (:func:`population_state`) as :func:`merge_populations` of all: weights are the entry that counts, which is added
+        up, so that this is for once, when all is collected. Where batches are counted, variances are averaged alone.
       - Of :func:`jnorm.feature_statistics` by count, of which the mean remains, as above; :func:`jnorm.merge_feature_statistics` adds up.
       - The sums of :func:`jnorm.eval_norm_fit`: their mean, which gives the same weights as their sum.
       - The batch so far of :func:`jnorm.cross_mini_batch_norm`, the earlier iterations of :func:`jnorm.cross_iteration_batch_norm`: none.
@@ -159,7 +159,7 @@ def _parts(state: Mapping[str, jax.Array], between: bool, across: Across) -> lis
     mean = state["mean"]
     weight = next((state[key] for key in (*KEYS, "count") if key in state), 1)
     var = state["var"] if "var" in state else _wide(state["std"]) ** 2 if "std" in state else jnp.zeros(mean.shape, mean.real.dtype)
-    apart = not between or BATCHES in state
+    apart = not between or any(key in state for key in KEYS if key != VALUES)
     parts.append(("mean", _Mixed(weight, mean.real, 0 if apart else var)))
     if jnp.iscomplexobj(mean):
         parts.append(("imag", _Mixed(weight, mean.imag, 0)))
@@ -182,7 +182,7 @@ def _entries(state: Mapping[str, jax.Array], mixed: Mapping[str, _Mixed]) -> dic
         new["mean"] = lax.complex(new["mean"], mixed["imag"].mean)
         var = var if "var" in mixed else var + mixed["imag"].var
     new |= {"var": var} if "var" in state else {"std": jnp.sqrt(var)} if "std" in state else {}
-    new |= {key: mixed["mean"].weight for key in (VALUES, BATCHES) if key in state}
+    new |= {key: mixed["mean"].weight for key in KEYS if key in state}
     over = MINI_BATCHES if "batch_mean" in state else WINDOW if "kernels" in state else ()
     return new | {key: jnp.zeros(state[key].shape, state[key].dtype) for key in over if key in state}
 
