@@ -2,18 +2,36 @@
 
 from .commit import commit_once as commit_once
 from .commit import commit_population as commit_population
+from .feature_files import feature_statistics_of_files as feature_statistics_of_files
+from .feature_files import standardize_files as standardize_files
+from .feature_statistics import load_feature_statistics as load_feature_statistics
+from .feature_statistics import save_feature_statistics as save_feature_statistics
+from .feature_statistics import with_feature_statistics as with_feature_statistics
+from .freeze import freeze as freeze
+from .freeze import thaw as thaw
 from .recalibrate import merge_populations as merge_populations
 from .recalibrate import population_state as population_state
 from .recalibrate import population_statistics as population_statistics
 from .recalibrate import recalibrate as recalibrate
+from .replace_norms import norm_like as norm_like
+from .replace_norms import replace_norms as replace_norms
 from .sync_state import sync_state as sync_state
 
 __all__ = [
     "commit_once",
     "commit_population",
+    "feature_statistics_of_files",
+    "freeze",
+    "load_feature_statistics",
     "merge_populations",
+    "norm_like",
     "population_state",
     "population_statistics",
     "recalibrate",
+    "replace_norms",
+    "save_feature_statistics",
+    "standardize_files",
     "sync_state",
+    "thaw",
+    "with_feature_statistics",
 ]

@@ -1,0 +1,298 @@
+"""Arrays in files, read and written some rows at a time, so that no file has to fit in memory."""
+
+import contextlib
+import glob
+import itertools
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".npy", ".npz", *DELIMITERS)
+Members = str | Sequence[str] | None
+_PIECE = 1 << 20  # bytes: what is read at once, which an archive holds twice while it decompresses
+
+
+class Rows(NamedTuple):
+    """Some rows, and how many bytes of the file they were."""
+
+    values: np.ndarray
+    size: int
+
+
+class Part(NamedTuple):
+    """One array: a file, a member of an archive, or what was given as an array."""
+
+    name: str
+    """What an error calls it."""
+    path: Path | None
+    stem: str
+    """Of the name of what is written for it."""
+    shape: tuple[int, ...]
+    """Of a table of text the number of rows, the first, is -1: not known."""
+    dtype: np.dtype
+    row_bytes: int
+    """What reading holds of a row."""
+    size: int
+    read: Callable[[int], Iterator[Rows]]
+    """In blocks of so many rows."""
+
+
+def parts_of(sources: Any, members: Members, csv_header: bool) -> Iterator[Part]:
+    """The arrays that are meant by a path, a folder, a pattern, an array, or an iterable of these."""
+    if isinstance(sources, str | os.PathLike):
+        for path in _files(Path(sources)):
+            yield from _parts_of_file(path, members, csv_header)
+    elif hasattr(sources, "__array__"):
+        yield _of_array(sources, "the array")
+    elif isinstance(sources, Iterable):
+        for number, source in enumerate(sources):
+            if hasattr(source, "__array__"):
+                yield _of_array(source, f"array {number}")
+            elif isinstance(source, str | os.PathLike):
+                yield from parts_of(source, members, csv_header)
+            else:
+                raise TypeError(f"sources[{number}] must be a path or an array, got {type(source).__name__}.")
+    else:
+        raise TypeError(f"sources must be a path, a pattern, an array, or an iterable of these, got {type(sources).__name__}.")
+
+
+def _files(path: Path) -> list[Path]:
+    known = ", ".join(SUFFIXES)
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
+        if not found:
+            raise ValueError(f"there is no data in the folder {path}: no file that ends with one of {known}.")
+        return found
+    if not path.exists() and glob.has_magic(str(path)):
+        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+        if not found:
+            raise ValueError(f"no file matches the pattern {path}.")
+    elif path.exists():
+        found = [path]
+    else:
+        raise FileNotFoundError(f"there is no file or folder {path}.")
+    for file in found:
+        if file.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"{file} is of an unknown kind: the files that are read end with one of {known}.")
+    return found
+
+
+def _parts_of_file(path: Path, members: Members, csv_header: bool) -> Iterator[Part]:
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        yield _of_npy(str(path), path, path.stem, lambda: path.open("rb"), lambda: np.load(path, mmap_mode="r"))
+    elif suffix == ".npz":
+        for member in _members(path, members):
+            yield _of_npy(
+                f"{path}[{member!r}]",
+                path,
+                f"{path.stem}-{member.replace('/', '-')}",
+                lambda member=member: _open_member(path, member),
+            )
+    else:
+        yield _of_table(path, DELIMITERS[suffix], csv_header)
+
+
+@contextlib.contextmanager
+def reading(name: str | Path) -> Iterator[None]:
+    """Says which file it was that could not be read."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
+        raise ValueError(f"{name} cannot be read: {str(e) or type(e).__name__}") from e
+
+
+def _part(name: str, path: Path | None, stem: str, shape: tuple[int, ...], dtype: Any, row_bytes: int, size: int, read: Any) -> Part:
+    dtype = np.dtype(dtype)
+    if dtype.kind not in "biu" and not jnp.issubdtype(dtype, np.floating):
+        fix = " NumPy keeps no bfloat16 in files: save it as float32." if dtype.kind == "V" else ""
+        fix = " Standardize the real and imaginary parts as two features." if dtype.kind == "c" else fix
+        raise TypeError(f"{name} must be of real numbers, got dtype {dtype}.{fix}")
+    if not shape:
+        raise ValueError(f"{name} is one number, without an axis of examples.")
+    if 0 in shape:
+        raise ValueError(f"{name} is empty: its shape is {shape}.")
+    return Part(name, path, stem, shape, dtype, row_bytes, size, read)
+
+
+# --- Arrays ---------------------------------------------------------------------------------------------------------------------
+
+
+def _of_array(array: Any, name: str) -> Part:
+    array = np.asarray(array)
+
+    def read(number: int) -> Iterator[Rows]:
+        for at in range(0, len(array), number):
+            rows = array[at : at + number]
+            yield Rows(rows, rows.nbytes)
+
+    return _part(name, None, "", array.shape, array.dtype, 0, array.nbytes, read)
+
+
+# --- NumPy's files --------------------------------------------------------------------------------------------------------------
+
+
+def _members(path: Path, members: Members) -> list[str]:
+    with reading(path), zipfile.ZipFile(path) as archive:
+        there = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    asked = there if members is None else [members] if isinstance(members, str) else list(members)
+    missing = [name for name in asked if name not in there]
+    if missing or not asked:
+        raise ValueError(f"{path} has the members {there}, got members={members!r}.")
+    return asked
+
+
+@contextlib.contextmanager
+def _open_member(path: Path, member: str) -> Iterator[Any]:
+    with zipfile.ZipFile(path) as archive, archive.open(f"{member}.npy") as stream:
+        yield stream
+
+
+def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Its shape, whether in Fortran's order, and its dtype."""
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(stream)
+    raise ValueError(f"it is in version {version} of NumPy's format, which is for arrays with fields.")
+
+
+def _of_npy(name: str, path: Path, stem: str, opened: Callable[[], Any], mapped: Callable[[], Any] | None = None) -> Part:
+    with reading(name), opened() as stream:
+        shape, fortran, dtype = _header(stream)
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+
+    def read(number: int) -> Iterator[Rows]:
+        sizes = [min(number, shape[0] - at) for at in range(0, shape[0], number)]
+        with reading(name):
+            blocks = _columns_first(mapped, opened, shape, dtype, sizes) if fortran else _streamed(opened, shape, dtype, sizes)
+            for block in blocks:
+                yield Rows(block, block.nbytes)
+
+    return _part(name, path, stem, shape, dtype, row_bytes, row_bytes * math.prod(shape[:1]), read)
+
+
+def _streamed(opened: Callable[[], Any], shape: tuple[int, ...], dtype: np.dtype, sizes: list[int]) -> Iterator[np.ndarray]:
+    """Not by a map of the file in memory, whose pages would count as memory of the process."""
+    with opened() as stream:
+        _header(stream)
+        for size in sizes:
+            yield _filled(np.empty((size, *shape[1:]), dtype), stream)
+
+
+def _filled(block: np.ndarray, stream: Any) -> np.ndarray:
+    buffer, at = block.reshape(-1, order="A").view(np.uint8).data, 0
+    while at < len(buffer):
+        number = stream.readinto(buffer[at : at + _PIECE])
+        if not number:
+            raise EOFError("it ends before its last row, as a file does whose writing was interrupted.")
+        at += number
+    return block
+
+
+def _columns_first(
+    mapped: Callable[[], Any] | None, opened: Callable[[], Any], shape: tuple[int, ...], dtype: np.dtype, sizes: list[int]
+) -> Iterator[np.ndarray]:
+    """In Fortran's order a row lies all over the file."""
+    if mapped is not None:
+        whole = mapped()
+    elif len(sizes) == 1:
+        with opened() as stream:
+            _header(stream)
+            whole = _filled(np.empty(shape, dtype, order="F"), stream)
+    else:
+        raise ValueError(
+            "it is in Fortran's order within an archive, where no rows can be read alone, and larger than max_bytes allows; "
+            "save it with np.ascontiguousarray, or as .npy."
+        )
+    for at, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
+        yield np.array(whole[at : at + size])
+
+
+# --- Tables of text -------------------------------------------------------------------------------------------------------------
+
+
+def _of_table(path: Path, delimiter: str, header: bool) -> Part:
+    def lines() -> Iterator[tuple[int, str]]:
+        with path.open(encoding="utf-8-sig", newline=None) as stream:
+            for number, line in enumerate(stream, 1):
+                if line.partition("#")[0].strip():
+                    yield number, line
+
+    def parsed(some: list[tuple[int, str]]) -> np.ndarray:
+        text = [line for _, line in some]
+        try:
+            try:
+                return np.loadtxt(text, delimiter=delimiter, ndmin=2, quotechar='"')
+            except ValueError:  # slower, and knows that an empty field is a missing value
+                return np.loadtxt(text, delimiter=delimiter, ndmin=2, quotechar='"', converters=_number)
+        except ValueError as e:
+            what = "; csv_header=True leaves out a first line of names" if not header and some[0][0] == first[0][0] else ""
+            raise ValueError(f"lines {some[0][0]} to {some[-1][0]}: {e}{what}.") from e
+
+    with reading(path):
+        first = list(itertools.islice(lines(), int(header), int(header) + 1))
+        columns = parsed(first).shape[1] if first else 0
+
+    def read(number: int) -> Iterator[Rows]:
+        with reading(path):
+            left = itertools.islice(lines(), int(header), None)
+            while some := list(itertools.islice(left, number)):
+                block = parsed(some)
+                if block.shape[1] != columns:
+                    raise ValueError(f"lines {some[0][0]} to {some[-1][0]} have {block.shape[1]} columns, the first has {columns}.")
+                yield Rows(block, sum(len(line) for _, line in some))
+
+    # A line is held as a string, with what Python adds to one, while its numbers are made.
+    row_bytes = columns * 8 + 2 * len(first[0][1]) + 200 if first else 0
+    return _part(str(path), path, path.stem, (-1, columns), np.float64, row_bytes, path.stat().st_size, read)
+
+
+def _number(field: str) -> float:
+    return float(field) if field.strip() else math.nan
+
+
+# --- Writing --------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """A stream, whose bytes are in the file when all went well; what goes wrong leaves there what was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w+b") as stream:
+            yield stream
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path, row_shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Callable[[np.ndarray], None]]:
+    """Gives a function that writes some rows more. How many there were is put in at the end, for which NumPy leaves room."""
+    with replacing(path) as stream:
+        number = 0
+
+        def head() -> int:
+            description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (number, *row_shape)}
+            np.lib.format.write_array_header_1_0(stream, description)
+            return stream.tell()
+
+        def write(rows: np.ndarray) -> None:
+            nonlocal number
+            number += len(rows)
+            stream.write(np.ascontiguousarray(rows, dtype).reshape(-1).view(np.uint8).data)
+
+        length = head()
+        yield write
+        stream.seek(0)
+        assert head() == length
