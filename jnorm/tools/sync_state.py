@@ -13,6 +13,7 @@ from .. import nnx as jnx
 from .._jax_internals import align, replicated, varying_axes, with_sharding_of
 from .._norms.eval_norm_fit import KEYS as FIT
 from .._pipeline.arguments import Across
+from .._pipeline.marks import KEYS as MARKS
 from .._pipeline.population import KEYS, VALUES
 from .._stats import all_stack, all_sum, participants, stats_dtype
 from ..typing import AxisIndexGroups, AxisName
@@ -23,7 +24,7 @@ Path = tuple[Any, ...]
 MINI_BATCHES = ("batch_mean", "batch_var", "batch_count", "index")
 WINDOW = ("means", "vars", "patches", "slopes", "covariances", "kernels", "counts", "index")
 POWER_ITERATION = ("u", "sigma")
-ENTRIES = {"mean", "var", "std", "count", *KEYS, *FIT, *MINI_BATCHES, *WINDOW, *POWER_ITERATION}
+ENTRIES = {"mean", "var", "std", "count", *KEYS, *FIT, *MINI_BATCHES, *WINDOW, *POWER_ITERATION, *MARKS}
 _STACKED = (
     "States that are stacked along an array axis are made one by "
     'jax.vmap(lambda state: sync_state(state, "d"), axis_name="d", out_axes=None)(states).'
@@ -61,6 +62,7 @@ def sync_state(
       - The sums of :func:`jnorm.eval_norm_fit`: their mean, which gives the same weights as their sum.
       - The batch so far of :func:`jnorm.cross_mini_batch_norm`, the earlier iterations of :func:`jnorm.cross_iteration_batch_norm`: none.
         Call it between batches; a window fills again.
+      - The marks of :func:`freeze` stay. What is frozen is synchronized too: this is no update by a batch.
       - u and sigma of :func:`jnorm.reparam.spectral_norm`: of the first device. They follow the weights, and are the same where those are.
 
     Raises:
@@ -147,7 +149,7 @@ def _value(leaf: Any) -> Any:
 
 
 def _is_state(keys: Collection[Any]) -> bool:
-    averages = "mean" in keys and ("var" in keys or "std" in keys or set(keys) <= {"mean", "count", *KEYS})
+    averages = "mean" in keys and ("var" in keys or "std" in keys or set(keys) <= {"mean", "count", *KEYS, *MARKS})
     return averages or all(key in keys for key in FIT) or set(keys) == set(POWER_ITERATION)
 
 
@@ -184,7 +186,7 @@ def _entries(state: Mapping[str, jax.Array], mixed: Mapping[str, _Mixed]) -> dic
     new |= {"var": var} if "var" in state else {"std": jnp.sqrt(var)} if "std" in state else {}
     new |= {key: mixed["mean"].weight for key in KEYS if key in state}
     over = MINI_BATCHES if "batch_mean" in state else WINDOW if "kernels" in state else ()
-    return new | {key: jnp.zeros(state[key].shape, state[key].dtype) for key in over if key in state}
+    return new | {key: jnp.zeros(state[key].shape, state[key].dtype) for key in (*over, *MARKS) if key in state}
 
 
 def _mix(parts: Mapping[Any, _Mixed], across: Across) -> dict[Any, _Mixed]:
