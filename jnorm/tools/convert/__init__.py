@@ -3,5 +3,7 @@
 from ._norm import Norm as Norm
 from ._norm import of_linen as of_linen
 from ._norm import of_nnx as of_nnx
+from ._torch import as_torch as as_torch
+from ._torch import of_torch as of_torch
 
-__all__ = ["Norm", "of_linen", "of_nnx"]
+__all__ = ["Norm", "as_torch", "of_linen", "of_nnx", "of_torch"]

@@ -99,8 +99,8 @@ class Norm:
         """The running statistics, as the function's state and Linen's "batch_stats"; empty where there are none. At least float32."""
         if not self.runs:
             return {}
-        given = {name: np.asarray(a) for name in _STATE if (a := getattr(self, name)) is not None}
-        return {name: jnp.asarray(a, a.dtype if a.dtype == np.float64 and name != "count" else np.float32) for name, a in given.items()}
+        given = {name: jnp.asarray(a) for name in _STATE if (a := getattr(self, name)) is not None}
+        return {name: a if a.dtype == np.float64 and name != "count" else a.astype(np.float32) for name, a in given.items()}
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the function."""
@@ -165,7 +165,7 @@ def of_nnx(module: Any, shape: tuple[int, ...] | None = None) -> Norm:
         array = _host(getattr(module, name, None))
         return array if array is None or shape is None or not array.ndim else array.reshape(shape)
 
-    return _of_module(module, value)
+    return _of_module(module, value, shape)
 
 
 def of_linen(module: Any, variables: Mapping[str, Any]) -> Norm:
@@ -191,7 +191,7 @@ def _host(variable: Any) -> np.ndarray | None:
     return np.asarray(variable[...] if isinstance(variable, nnx.Variable) else variable)
 
 
-def _of_module(module: Any, value: Any) -> Norm:
+def _of_module(module: Any, value: Any, shape: tuple[int, ...] | None = None) -> Norm:
     kind = type(module).__name__
     if kind not in KINDS or not isinstance(module, nnx.Module | nn.Module):
         raise ValueError(f"{kind} is no norm that can be converted; those are {list(KINDS)}, of jnorm and of Flax.")
@@ -207,7 +207,7 @@ def _of_module(module: Any, value: Any) -> Norm:
         running = {"momentum": module.momentum, "running_var_correction": getattr(module, "running_var_correction", 0)}
     return Norm(
         kind=kind,
-        shape=sizes[0] if sizes else (getattr(module, "num_features", 0),),
+        shape=sizes[0] if sizes else shape or (getattr(module, "num_features", 0),),
         **arrays,
         count=None if count is None else float(count),
         epsilon=module.epsilon,
