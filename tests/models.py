@@ -1,6 +1,7 @@
 """Models as people write them, narrow: a ResNet-18 and a transformer block, in Linen and NNX, of the norms of Flax or of jnorm."""
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -114,7 +115,7 @@ def with_values(tree, rng):
         value = (
             rng.uniform(0.5, 1.5, a.shape)
             if name in ("var", "scale")
-            else rng.normal(size=a.shape) * (0.5 if a.ndim < 2 else 1 / a[..., 0].size ** 0.5)
+            else rng.normal(size=a.shape) * (0.5 if a.ndim < 2 else 1 / math.prod(a.shape[:-1]) ** 0.5)
         )
         return jnp.asarray(value, a.dtype)
 

@@ -9,9 +9,12 @@ from .feature_statistics import save_feature_statistics as save_feature_statisti
 from .feature_statistics import with_feature_statistics as with_feature_statistics
 from .freeze import freeze as freeze
 from .freeze import thaw as thaw
-from .recalibrate import merge_populations as merge_populations
-from .recalibrate import population_state as population_state
-from .recalibrate import population_statistics as population_statistics
+from .param_masks import frozen_param_mask as frozen_param_mask
+from .param_masks import norm_param_mask as norm_param_mask
+from .param_masks import weight_decay_mask as weight_decay_mask
+from .population import merge_populations as merge_populations
+from .population import population_state as population_state
+from .population import population_statistics as population_statistics
 from .recalibrate import recalibrate as recalibrate
 from .replace_norms import norm_like as norm_like
 from .replace_norms import replace_norms as replace_norms
@@ -22,6 +25,7 @@ __all__ = [
     "commit_population",
     "feature_statistics_of_files",
     "freeze",
+    "frozen_param_mask",
     "load_feature_statistics",
     "merge_populations",
     "norm_like",
@@ -33,5 +37,6 @@ __all__ = [
     "standardize_files",
     "sync_state",
     "thaw",
+    "weight_decay_mask",
     "with_feature_statistics",
 ]
