@@ -14,9 +14,9 @@ import jax
 from .._jax_internals import register_cpu_target
 
 FORMS = ("native", "xla")
-_VARIABLE = "JNORM_KERNELS"
+VARIABLE = "JNORM_KERNELS"
 _TARGETS = ("moments", "apply", "cotangent_sums", "cotangent_apply", "group_norm", "group_cotangent", "row_norm", "row_cotangent")
-_HOW_TO_GET = (
+HOW_TO_GET = (
     "Install jnorm again where a C++17 compiler (gcc or clang, on Linux or macOS) is found, with "
     "`python -m pip install --verbose --force-reinstall --no-deps`, and read what that prints."
 )
@@ -50,7 +50,7 @@ def _load() -> _Library:
         return _Library(library.jnorm_isa().decode(), "")
     except Exception as e:  # whatever a library of another build, machine or FFI version brings up
         why = f"the native kernels in {path} do not work with this jaxlib: {str(e).strip().splitlines()[0] if str(e).strip() else repr(e)}"
-        warnings.warn(f"{why}. jnorm uses XLA's code. {_HOW_TO_GET}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{why}. jnorm uses XLA's code. {HOW_TO_GET}", RuntimeWarning, stacklevel=2)
         return _Library(None, why)
 
 
@@ -63,13 +63,13 @@ def _checked(form: str, source: str) -> str:
     if form not in FORMS:
         raise ValueError(f'{source} must be "native" or "xla", got {form!r}.')
     if form == "native" and _library.isa is None:
-        raise RuntimeError(f'{source} asks for "native", but {_library.missing}. {_HOW_TO_GET}')
+        raise RuntimeError(f'{source} asks for "native", but {_library.missing}. {HOW_TO_GET}')
     return form
 
 
 def _of_environment() -> str | None:
-    wanted = os.environ.get(_VARIABLE)
-    return _checked(wanted, f"the environment variable {_VARIABLE}") if wanted else None
+    wanted = os.environ.get(VARIABLE)
+    return _checked(wanted, f"the environment variable {VARIABLE}") if wanted else None
 
 
 _default = _of_environment()
@@ -98,7 +98,7 @@ def kernels_status() -> KernelsStatus:
     if _chosen.value:
         reason = f'chosen by jnorm.kernels("{_chosen.value}")'
     elif _default:
-        reason = f"chosen by the environment variable {_VARIABLE}"
+        reason = f"chosen by the environment variable {VARIABLE}"
     else:
         reason = _library.missing or "installed with jnorm, and chosen by default"
     return KernelsStatus(active(), reason, _library.isa)

@@ -17,7 +17,7 @@ import numpy as np
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".npy", ".npz", *DELIMITERS)
 Members = str | Sequence[str] | None
-_PIECE = 1 << 20  # bytes: what is read at once, which an archive holds twice while it decompresses
+_PIECE = 1 << 18  # bytes: what is read at once, which an archive holds twice while it decompresses
 
 
 class Rows(NamedTuple):
@@ -253,7 +253,7 @@ def _of_table(path: Path, delimiter: str, header: bool) -> Part:
                 yield Rows(block, sum(len(line) for _, line in some))
 
     # A line is held as a string, with what Python adds to one, while its numbers are made.
-    row_bytes = columns * 8 + 2 * len(first[0][1]) + 200 if first else 0
+    row_bytes = 2 * columns * 8 + 2 * len(first[0][1]) + 300 if first else 0
     return _part(str(path), path, path.stem, (-1, columns), np.float64, row_bytes, path.stat().st_size, read)
 
 
