@@ -2,6 +2,8 @@
 
 import itertools
 
+import pytest
+
 
 def pairs_of(row):
     return set(itertools.combinations(enumerate(row), 2))
@@ -24,3 +26,14 @@ def covering(*values, allowed=lambda *_: True):
         covered = set(new[best])
         for row in rows:
             new[row] -= covered
+
+
+def every_other(values):
+    """The second, the fourth and so on are slow tests."""
+    return [v if i % 2 == 0 else pytest.param(v, marks=pytest.mark.slow) for i, v in enumerate(values)]
+
+
+def checkerboard(one, two):
+    """The product, of which every second field is a slow test: each value of either stays with half of the other's."""
+    fields = [(i + j, (a, b)) for i, a in enumerate(one) for j, b in enumerate(two)]
+    return [pytest.param(*field, marks=[pytest.mark.slow] * (number % 2)) for number, field in fields]

@@ -19,6 +19,7 @@ import jnorm.nnx as jnx
 import oracles
 import plain
 from cases import BY_NAME, replace
+from pairwise import checkerboard
 from refusals import X, refuses
 
 ADDING = [c for c in cases.CASES if c.adds]
@@ -124,8 +125,9 @@ def test_it_is_addition_and_then_the_norm(case, dtype):
     np.testing.assert_array_equal(y, jax.jit(lambda h: norm(h, **alone, dtype=jnp.float32))(total))
 
 
-@each_norm
-@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize(
+    ("case", "outer"), checkerboard(PLAIN, [jax.jacfwd, jax.jacrev]), ids=lambda v: getattr(v, "__name__", None) or v.name
+)
 def test_second_order(case, outer, x64):
     """A loss of both results with second derivatives of its own; float64: 1e-10 of the largest entry is 1e6 roundings."""
     shape = (2, 3, 1, 6)

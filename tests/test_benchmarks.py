@@ -23,6 +23,7 @@ from benchmarks import (
 )
 from benchmarks.cases import Case
 from benchmarks.peers import ours
+from pairwise import checkerboard
 
 SHAPES = {"batch_norm": (16, 16, 16, 64), "group_norm": (4, 32, 32, 64), "instance_norm": (4, 32, 32, 64)}
 ROWS = (512, 512)
@@ -63,12 +64,14 @@ def figures(name, case):
 SMALL = {"float32": 8 / 512, "bfloat16": 16 / 512}
 
 
-@pytest.mark.parametrize("dtype", cases.BYTES)
-@pytest.mark.parametrize(("norm", "op"), OPERATIONS)
+@pytest.mark.parametrize(
+    ("operation", "dtype"), checkerboard(OPERATIONS, cases.BYTES), ids=lambda v: v if isinstance(v, str) else " ".join(v)
+)
 @pytest.mark.parametrize("form", FORMS)
-def test_bytes(form, norm, op, dtype):
+def test_bytes(form, operation, dtype):
     """Only x is kept, and the residual where an activation follows it; native kernels allocate no array of x's size, and read and write
     nothing beyond the floor."""
+    norm, op = operation
     case = case_of(norm, op, dtype)
     found = figures(form, case)
     kept = 2 if op == "add_act" else 1

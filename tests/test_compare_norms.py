@@ -98,6 +98,7 @@ def small_runs(task, orders, rates, seeds, num_mini_batches=1):
     return trainer(network, task, Plan(orders, num_mini_batches), errors(network, task))(rates, seeds)
 
 
+@pytest.mark.slow
 def test_runs_do_not_know_of_one_another(task):
     orders = functools.partial(shuffled, epochs=1, batch_size=32)
     together = small_runs(task, orders, [0.1, 0.01], [5, 6])

@@ -273,7 +273,7 @@ def test_explicit_mesh(name, rng):
     assert y.sharding.spec[0] == gradients["x"].sharding.spec[0] == "d"
 
 
-@pytest.mark.parametrize("mode", ["vmap", "shard_map", "shard_map unchecked"])
+@pytest.mark.parametrize("mode", ["vmap", "shard_map", pytest.param("shard_map unchecked", marks=pytest.mark.slow)])
 def test_moments(mode, rng):
     """Merged over devices by count, the same everywhere."""
     case, given = whole_batch("batch_norm", rng)

@@ -182,8 +182,7 @@ def losses(api, kind, ours, state):
     return found, float(evaluate(state))
 
 
-PAIRS = [("linen", "resnet"), ("nnx", "transformer")]
-PAIRS += [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("linen", "transformer"), ("nnx", "resnet"))]
+PAIRS = [pytest.param(api, kind, marks=[pytest.mark.slow] * ((api, kind) != ("linen", "resnet"))) for api in CHECKPOINTS for kind in KINDS]
 
 
 @pytest.mark.parametrize(("api", "kind"), PAIRS)

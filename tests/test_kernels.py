@@ -18,7 +18,7 @@ from cases import BY_NAME, replace
 from jnorm._kernels import column
 from native_fuzz import native, python
 
-FEW, MANY = 24, 300
+FEW, MANY = 12, 300
 
 
 def seeds(few, many):

@@ -18,6 +18,7 @@ import jnorm
 import native_fuzz as fuzz
 from cases import BY_NAME, replace
 from native_fuzz import native
+from pairwise import checkerboard
 
 each_form = pytest.mark.parametrize("form", [pytest.param("native", marks=native), "xla"])
 SHAPE = (8, 4, 3, 16)
@@ -37,8 +38,7 @@ def case_of(name, shape=SHAPE):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("float32", "float16"))])
-@pytest.mark.parametrize("name", CALLS)
-@each_form
+@pytest.mark.parametrize(("name", "form"), checkerboard(CALLS, ["native", "xla"]))
 def test_number_of_calls(form, name, dtype):
     case = case_of(name)
     given = cases.inputs(case, dtype=dtype)

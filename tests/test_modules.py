@@ -14,6 +14,7 @@ import jnorm
 import jnorm.linen as jnn
 import jnorm.nnx as jnx
 from cases import BY_NAME, CASES, PLAIN
+from pairwise import checkerboard
 
 THROUGH = {"linen": cases.call_linen, "nnx": cases.call_nnx}
 LOW = ("float16", "float16")
@@ -69,14 +70,18 @@ def promoted(*arrays):
     return np.dtype("float32") if any(a.dtype == np.float32 for a in arrays) else np.dtype(jnp.bfloat16)
 
 
+ONE_EACH = [c for c in WITH_CLASS if c.options.get("save") != "output" and (not c.own or c in cases.FAMILY)]
+PROMOTING = checkerboard(ONE_EACH, THROUGH)
+PROMOTING += [pytest.param(c, api, marks=pytest.mark.slow) for c in WITH_CLASS if c.own and c not in ONE_EACH for api in THROUGH]
+
+
 def dtype_of_y(case, given, api):
     """Flax's rule: of x, scale and bias. NNX promotes x together with the running mean and variance too, where there are some."""
     arrays = [given["x"], *(given[name] for name in case.affine)]
     return promoted(*arrays, *(given["state"].values() if api == "nnx" and case.state else ()))
 
 
-@each_api
-@pytest.mark.parametrize("case", cases.thinned(c for c in WITH_CLASS if c.options.get("save") != "output"), ids=name_of)
+@pytest.mark.parametrize(("case", "api"), PROMOTING, ids=lambda v: v if isinstance(v, str) else v.name)
 def test_bfloat16_input_and_float32_parameters(case, api):
     """y is float32 where there is a parameter; where there is none it is x's dtype."""
     given = cases.inputs(case, dtype="bfloat16")

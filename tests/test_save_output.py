@@ -13,6 +13,7 @@ import distributed
 import jnorm
 from cases import BY_NAME, PLAIN, keeping_y
 from native_fuzz import native
+from pairwise import checkerboard
 from refusals import NORMS, X, refuses
 
 each_form = pytest.mark.parametrize("form", [pytest.param("native", marks=native), "xla"])
@@ -195,8 +196,7 @@ def added_by_a_block(name, save, dtype):
 
 
 @native
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize(("name", "dtype"), checkerboard(STACKED, ["float32", "bfloat16"]))
 def test_a_block_of_a_deep_stack_takes_one_x_less(name, dtype):
     """The product keeps y anyway, so that it is y alone instead of x and y. What is small, weights and numbers by row, is in it too."""
     with jnorm.kernels("native"):
@@ -204,7 +204,7 @@ def test_a_block_of_a_deep_stack_takes_one_x_less(name, dtype):
     assert 1 <= one <= 1.1 and 2 <= two <= 2.1, (one, two)
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", [n if n == "batch_norm" else pytest.param(n, marks=pytest.mark.slow) for n in STACKED])
 def test_a_block_takes_no_more_with_xla_s_code(name):
     """XLA decides what it keeps: of rows it takes as much either way."""
     with jnorm.kernels("xla"):
