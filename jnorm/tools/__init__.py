@@ -29,6 +29,7 @@ __all__ = [
     "load_feature_statistics",
     "merge_populations",
     "norm_like",
+    "norm_param_mask",
     "population_state",
     "population_statistics",
     "recalibrate",

@@ -97,6 +97,22 @@ def map_states(change: Callable[..., Any], *trees: Any, layers: Layers | None = 
     return jax.tree_util.tree_map_with_path(one, *trees, is_leaf=is_state)
 
 
+def states_of(tree: Any) -> dict[str, Any]:
+    """The states of running statistics in a tree, by path."""
+    paths = state_paths(tree)
+    found = [node for node in jax.tree.leaves(tree, is_leaf=is_state) if is_state(node)]
+    return dict(zip(paths, found, strict=True))
+
+
+def with_states(tree: Any, states: Mapping[str, Any]) -> Any:
+    """The tree with these states at their paths; all else in it stays."""
+
+    def one(path: Any, node: Any) -> Any:
+        return states.get(path_text(path), node) if is_state(node) else node
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_state)
+
+
 # --- Modules in a model -----------------------------------------------------------------------------------------------------------
 
 
@@ -112,21 +128,47 @@ def linen_norms(
     model: nn.Module, variables: Mapping[str, Any], *args: Any, classes: tuple[type, ...] = NORMS_LINEN, **kwargs: Any
 ) -> dict[str, Any]:
     """The norms of a Linen model, by path, in the order in which a call of it calls them. The call is traced, and computes nothing."""
-    norms: dict[str, Any] = {}
-
-    def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, classes) and context.method_name == "__call__":
-            norms.setdefault("/".join(context.module.path), context.module.clone(parent=None))
-        return call(*args, **kwargs)
-
-    def run(variables: Any, args: Any) -> Any:
-        with nn.intercept_methods(note):
-            return model.apply(variables, *args, mutable=True, **kwargs)
-
-    jax.eval_shape(run, variables, args)
+    norms = called_norms(lambda variables, args: model.apply(variables, *args, mutable=True, **kwargs), variables, args, classes=classes)
     if not norms:
         raise ValueError(_none_of(classes))
     return norms
+
+
+def called_norms(call: Callable[..., Any], *args: Any, classes: tuple[type, ...] = NORMS_LINEN) -> dict[str, Any]:
+    """The same of a function that calls a Linen model; there may be none."""
+    norms: dict[str, Any] = {}
+
+    def note(inner: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, classes) and context.method_name == "__call__":
+            norms.setdefault("/".join(context.module.path), context.module.clone(parent=None))
+        return inner(*args, **kwargs)
+
+    def run(*args: Any) -> Any:
+        with nn.intercept_methods(note):
+            return call(*args)
+
+    jax.eval_shape(run, *args)
+    return norms
+
+
+def put_modules(node: Any, replaced: Mapping[int, Any], seen: set[int] | None = None) -> None:
+    """Sets what replaces modules in an NNX model, by the id of each, wherever they are; containers that are no modules are made anew."""
+    seen = set() if seen is None else seen
+    seen.add(id(node))
+    for name, child in list(vars(node).items()):
+        if name.startswith("_pytree__"):
+            continue
+        inner = jax.tree.leaves(child, is_leaf=_is_node)
+        if any(id(one) in replaced for one in inner):
+            new = jax.tree.map(lambda one: replaced.get(id(one), one), child, is_leaf=_is_node)
+            setattr(node, name, new if _is_node(child) else nnx.data(new))
+        for one in inner:
+            if _is_node(one) and id(one) not in replaced and id(one) not in seen:
+                put_modules(one, replaced, seen)
+
+
+def _is_node(node: Any) -> bool:
+    return isinstance(node, nnx.Pytree)
 
 
 def _none_of(classes: tuple[type, ...]) -> str:

@@ -10,13 +10,12 @@ from flax import nnx
 from flax.core import FrozenDict, unfreeze
 from jax import lax
 
-from .._pipeline.population import KEYS, collects
+from .._pipeline.population import ENTRIES, collects, key_of
 from .._pipeline.running import check_momentum, update
 from ..typing import Momentum
 from ._layers import entries, map_states
-from .recalibrate import Estimator, State, _collecting
-
-_AVERAGES = ("mean", "var", "std")
+from ._nnx_states import borrowed, read_states, write_states
+from .population import Estimator, State, averages_of, population_state
 
 
 def commit_population(state: State, population: State, *, momentum: Momentum = 0.99) -> State:
@@ -78,7 +77,7 @@ def commit_once(model: nnx.Module, *, momentum: Momentum = None, estimator: Esti
     Args:
       model: an NNX model, whose norms with running statistics are set. Each call of it in training mode is a micro-batch.
       momentum: the fraction of the old running value that is kept; None: each norm's own. 1 with `track_count` is the cumulative average.
-      estimator: "pooled", or "mean": the variance is then the mean of the micro-batches' unbiased ones.
+      estimator: "pooled"; "mean", or "cumulative": the variance is then the mean of the micro-batches' unbiased or biased ones.
 
     Returns:
       A context manager. Where the context is left by an error, all running statistics are as they were before it.
@@ -96,20 +95,11 @@ def commit_once(model: nnx.Module, *, momentum: Momentum = None, estimator: Esti
       >>> layer.mean[...].tolist(), layer.var[...].tolist()
       ([1.25], [1.125])
     """
-    before = {id(m): _state_of(m) for _, m in nnx.iter_modules(model)}
-    with _collecting(model, estimator) as norms:
+    with borrowed(model) as (norms, before):
+        write_states(norms, population_state(before, estimator=estimator))
         yield
-        new = []
-        for norm in norms:
-            old = before[id(norm)]
-            new.append(_committed(_state_of(norm), old, norm.momentum if momentum is None else momentum))
-    for norm, state in zip(norms, new, strict=True):
-        for key, entry in state.items():
-            getattr(norm, key).set_value(entry)
-
-
-def _state_of(module: Any) -> dict[str, Any]:
-    return {key: v[...] for key, v in vars(module).items() if isinstance(v, nnx.BatchStat)}
+        momenta = {path: norm.momentum if momentum is None else momentum for path, norm in norms.items()}
+        write_states(norms, {path: _committed(one, before[path], momenta[path]) for path, one in read_states(norms).items()})
 
 
 def _thawed(tree: Any) -> Any:
@@ -118,7 +108,7 @@ def _thawed(tree: Any) -> Any:
 
 
 def _check_same_tree(population: Any, state: Any) -> None:
-    got, wanted = ({e for e in entries(tree) if e.split("/")[-1] not in KEYS} for tree in (state, population))
+    got, wanted = ({e for e in entries(tree) if e.split("/")[-1] not in ENTRIES} for tree in (state, population))
     if got != wanted:
         raise ValueError(
             f"state must be the tree that the population was made of; state alone has {sorted(got - wanted)[:5]}, "
@@ -129,8 +119,7 @@ def _check_same_tree(population: Any, state: Any) -> None:
 def _committed(collected: Any, old: Any, momentum: Momentum) -> dict[str, Any]:
     """`old` moved by the averages of `collected`, which has all else."""
     check_momentum(momentum, old)
-    averages = {key: jnp.asarray(collected[key]) for key in _AVERAGES if key in old}
+    averages = {key: jnp.asarray(a) for key, a in averages_of(collected).items()}
     running = {key: a for key, a in old.items() if key in (*averages, "count")}
-    number = next(collected[key] for key in KEYS if key in collected)
-    moved = {**collected, **update(running, averages, number > 0, momentum)}
+    moved = {**collected, **update(running, averages, collected[key_of(collected)] > 0, momentum)}
     return {key: lax.stop_gradient(jnp.asarray(moved[key])).astype(jnp.asarray(a).dtype) for key, a in old.items()}
