@@ -1,5 +1,6 @@
 """What a normalized model needs beside its training: `jnorm.tools`, which is imported by its own name."""
 
+from .blend_statistics import blend_statistics as blend_statistics
 from .commit import commit_once as commit_once
 from .commit import commit_population as commit_population
 from .feature_files import feature_statistics_of_files as feature_statistics_of_files
@@ -12,6 +13,7 @@ from .freeze import thaw as thaw
 from .param_masks import frozen_param_mask as frozen_param_mask
 from .param_masks import norm_param_mask as norm_param_mask
 from .param_masks import weight_decay_mask as weight_decay_mask
+from .inspect import inspect_norms as inspect_norms
 from .population import merge_populations as merge_populations
 from .population import population_state as population_state
 from .population import population_statistics as population_statistics
@@ -21,11 +23,13 @@ from .replace_norms import replace_norms as replace_norms
 from .sync_state import sync_state as sync_state
 
 __all__ = [
+    "blend_statistics",
     "commit_once",
     "commit_population",
     "feature_statistics_of_files",
     "freeze",
     "frozen_param_mask",
+    "inspect_norms",
     "load_feature_statistics",
     "merge_populations",
     "norm_like",
