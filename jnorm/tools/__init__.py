@@ -10,10 +10,10 @@ from .feature_statistics import save_feature_statistics as save_feature_statisti
 from .feature_statistics import with_feature_statistics as with_feature_statistics
 from .freeze import freeze as freeze
 from .freeze import thaw as thaw
+from .inspect import inspect_norms as inspect_norms
 from .param_masks import frozen_param_mask as frozen_param_mask
 from .param_masks import norm_param_mask as norm_param_mask
 from .param_masks import weight_decay_mask as weight_decay_mask
-from .inspect import inspect_norms as inspect_norms
 from .population import merge_populations as merge_populations
 from .population import population_state as population_state
 from .population import population_statistics as population_statistics

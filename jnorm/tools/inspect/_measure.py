@@ -1,0 +1,160 @@
+"""The numbers of a layer, from its statistics: NumPy in float64."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..population import AVERAGES
+from ._collect import Found, flat
+
+ROUNDING = 4 * 2.0**-24  # of a mean in float32
+DEAD, EXPLODING = 1e-3, 100.0
+SURE = 9.0  # three standard errors, squared as the divergence is
+CHANNEL = 0.5  # the divergence of a shift by one standard deviation
+TINY = float(np.finfo(np.float64).tiny)
+
+
+class Signs(NamedTuple):
+    """What the causes of a divergence are told by."""
+
+    off: int = 0  # channels that diverge by a standard deviation, beyond noise
+    of_means: float = 0.0  # the part of the divergence that is due to the means
+    wider: float = 0.0  # the fraction of channels whose running variance is the larger one
+    within: float = np.inf  # the divergence of the running variance from the mean variance within the batches
+    explained: float = 0.0  # how much of the difference is a part of the initial values
+
+
+def measure(
+    found: Found, state: Mapping[str, Any], epsilon: float, memory: tuple[float | None, float], scale: np.ndarray | None
+) -> tuple[dict[str, Any], Signs]:
+    """The fields of a `LayerReport` of running statistics, and signs."""
+    stored = {key: flat(state[key]) for key in AVERAGES if key in state}
+    divides = "mean" in stored and len(stored) > 1
+    (mean, var), (mean_b, var_b) = (_moments(s, epsilon, divides) for s in (stored, found.pooled))
+    finite = np.isfinite(mean) & np.isfinite(var)
+    numbers: dict[str, Any] = {
+        "channels": len(mean),
+        "not_finite": _which(~finite),
+        "batches_remembered": memory[0],
+        "gain_max": _largest(_magnitude(scale, len(mean)) / np.sqrt(np.maximum(var, TINY))),
+    }
+    there = found.counts.any(0) & finite & np.isfinite(mean_b) & np.isfinite(var_b)
+    if not there.any():
+        return numbers | _of_scale(scale, len(mean)), Signs()
+    each = {key: a[:, there] for key, a in found.each.items()}
+    mean_each, var_each = _moments(each, epsilon, divides)
+    count = found.counts[:, there]
+    mean, var, mean_b, var_b = (a[there] for a in (mean, np.maximum(var, TINY), mean_b, np.maximum(var_b, TINY)))
+    distance, ratio = abs(mean - mean_b) / np.sqrt(var_b), var / var_b
+    divergence = _divergence(ratio, distance**2)
+    noise, noise_of_var = _noise(count, mean_each, var_each, var_b, divides)
+    kl_noise = 0.5 * (noise + 0.5 * noise_of_var) * (1 / len(count) + memory[1])
+    alone = _moments(found.pooled, 0.0, divides)[1][there]
+    constant = divides & (alone <= (ROUNDING * abs(mean_b)) ** 2)
+    samples = count[count > 0].mean()
+    numbers |= {
+        "samples": float(samples) if np.isfinite(samples) else None,
+        "noise": float(np.sqrt(noise)) if divides else None,
+        "mean_distance": float(np.sqrt(np.mean(distance**2))),
+        "mean_distance_max": float(distance.max()),
+        "var_ratio": float(np.exp(np.log(ratio).mean())) if divides else None,
+        "var_ratio_max": float(np.exp(abs(np.log(ratio)).max())) if divides else None,
+        "kl": float(divergence.mean()),
+        "kl_max": float(divergence.max()),
+        "kl_noise": float(kl_noise),
+        "constant": _which(constant, there),
+        "below_epsilon": _which(divides & (alone < epsilon) & ~constant, there),
+    } | _of_scale(scale, len(there))
+    weight = count > 0
+    within = np.where(weight, var_each, 0).sum(0) / weight.sum(0)
+    signs = Signs(
+        off=int(np.sum((divergence > CHANNEL) & (divergence > (SURE + 2 * np.log(len(distance))) * kl_noise))),
+        of_means=float(np.mean(0.5 * distance**2 / ratio)),
+        wider=float(np.mean(ratio > 1)),
+        within=float(_divergence(var / np.maximum(within, TINY), 0).mean()) if divides else np.inf,
+    )
+    if "count" not in state:
+        initial, explained = _initial(stored, found.pooled, there)
+        numbers["initial"], signs = (initial if explained > 0 else None), signs._replace(explained=explained)
+    return numbers, signs
+
+
+def measure_scale(scale: np.ndarray | None) -> dict[str, Any]:
+    """The fields of a `LayerReport` of a norm without running statistics."""
+    size = 0 if scale is None else scale.size
+    return {"channels": size, **_of_scale(scale, size)}
+
+
+def _moments(averages: Mapping[str, np.ndarray], epsilon: float, divides: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The mean, and the variance that is divided by: 1 of norms that do not divide."""
+    if not divides:
+        return averages["mean"], np.ones(averages["mean"].shape)
+    return averages["mean"], np.real(averages["var"] if "var" in averages else averages["std"] ** 2) + epsilon
+
+
+def _divergence(ratio: np.ndarray, squared_distance: Any) -> np.ndarray:
+    return 0.5 * (np.log(ratio) + (1 + squared_distance) / ratio - 1)
+
+
+def _noise(count: np.ndarray, mean_each: np.ndarray, var_each: np.ndarray, var: np.ndarray, divides: bool) -> tuple[float, float]:
+    """The variances of one batch's mean, in units of `var`, and of the logarithm of its variance: the averages over channels.
+
+    From how far the batches lie apart, but no less than of independent values; of a single batch as of independent values.
+    """
+    there, values = count > 0, 1 / np.maximum(count, 1)
+    number = there.sum(0)
+    least = float(np.mean(np.where(there, values, 0).sum(0) / number))
+
+    def between(a: np.ndarray) -> np.ndarray:
+        apart = a - np.where(there, a, 0).sum(0) / number
+        return np.where(there, abs(apart) ** 2, 0).sum(0) / np.maximum(number - 1, 1)
+
+    of_mean = between(mean_each) / var
+    of_var = between(np.log(np.maximum(var_each, TINY))) * divides
+    # A channel that does not vary within a batch has no noise to tell.
+    return max(float(of_mean.mean()), least), max(float(of_var.mean()), 2 * least * divides)
+
+
+def _initial(stored: Mapping[str, np.ndarray], pooled: Mapping[str, np.ndarray], there: np.ndarray) -> tuple[float, float]:
+    """w of: stored = w·initial + (1 − w)·pooled, by least squares over channels and averages; and how much of the difference that is."""
+    towards, difference = [], []
+    second = next((key for key in ("var", "std") if key in stored), None)
+    wide = 1.0 if second is None else np.sqrt(1 + abs(pooled[second][there]) ** (2 if second == "std" else 1))
+    for key, start in (("mean", 0.0), *(((second, 1.0),) if second else ())):
+        unit = wide if key != "var" else wide**2  # of the same size, whichever of the two is large
+        towards.append((start - pooled[key][there]) / unit)
+        difference.append((stored[key][there] - pooled[key][there]) / unit)
+    x, y = np.concatenate(towards), np.concatenate(difference)
+    length, total = float(np.vdot(x, x).real), float(np.vdot(y, y).real)
+    if length < TINY or total < TINY:
+        return 0.0, 0.0
+    w = float(np.vdot(x, y).real) / length
+    return w, 1 - float(np.sum(abs(y - w * x) ** 2)) / total
+
+
+def _magnitude(scale: np.ndarray | None, channels: int) -> np.ndarray:
+    return np.ones(channels) if scale is None else abs(flat(scale))
+
+
+def _of_scale(scale: np.ndarray | None, channels: int) -> dict[str, Any]:
+    if scale is None:
+        return {}
+    size = _magnitude(scale, channels)
+    living = size[size > DEAD]
+    usual = min(float(np.median(living)), 1.0) if living.size else 1.0
+    return {
+        "scale_min": float(size.min()),
+        "scale_max": float(size.max()),
+        "dead": _which(size <= DEAD),
+        "exploding": _which(~(size <= EXPLODING * usual)),  # what is no number, too
+    }
+
+
+def _which(flags: Any, among: np.ndarray | None = None) -> tuple[int, ...]:
+    channels = np.arange(len(flags)) if among is None else np.flatnonzero(among)
+    return tuple(int(c) for c in channels[np.broadcast_to(flags, channels.shape)])
+
+
+def _largest(a: np.ndarray) -> float | None:
+    return float(a[np.isfinite(a)].max()) if np.isfinite(a).any() else None

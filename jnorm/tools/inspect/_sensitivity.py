@@ -1,0 +1,63 @@
+"""The loss in evaluation, with other statistics in the place of the running ones. One compiled function: the state is its argument."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._layers import path_text
+from ..population import AVERAGES
+from ._collect import Found
+from ._report import Losses
+from ._subject import Subject, is_frozen
+
+Values = Mapping[str, np.ndarray]  # the averages of a state
+
+
+def measure_losses(
+    subject: Subject, found: Mapping[str, Found], paths: list[str], batches: list[Any], done: Callable[[int], None]
+) -> tuple[Losses, dict[str, float], dict[str, float]]:
+    """The losses; by path the change that the layer's batch statistics make alone, and the one that its running ones make alone."""
+    assert subject.loss is not None
+    # As in training, where frozen statistics normalize too.
+    moving = [path for path in paths if found[path].counts.any() and not is_frozen(subject.running[path])]
+    pooled = {path: found[path].pooled for path in moving}
+
+    def evaluate(statistics: Sequence[Mapping[str, Values]]) -> np.ndarray:
+        results = []
+        for batch, values in zip(batches, statistics, strict=True):
+            results.append(subject.loss(_with(subject.state, values), batch))  # type: ignore[misc]
+            done(1)
+        return np.array([_scalar(r) for r in results])
+
+    def always(values: Mapping[str, Values]) -> np.ndarray:
+        return evaluate([values] * len(batches))
+
+    own = [{path: {k: a[i] for k, a in found[path].each.items()} for path in moving} for i in range(len(batches))]
+    running, together, training = always({}), always(pooled), evaluate(own)
+    losses = Losses(tuple(running.tolist()), tuple(together.tolist()), tuple(training.tolist()))
+    alone = {path: float(np.mean(always({path: pooled[path]}) - running)) for path in moving}
+    without = {path: float(np.mean(always({p: v for p, v in pooled.items() if p != path}) - together)) for path in moving}
+    return losses, alone, without
+
+
+def _scalar(result: Any) -> float:
+    if np.shape(result) != ():
+        raise ValueError(f"the loss must be a scalar, got one of shape {np.shape(result)}; a mean over the batch, for instance.")
+    return float(result)
+
+
+def _with(state: Any, values: Mapping[str, Values]) -> Any:
+    """The tree with other averages at these paths, as the old ones lie, so that nothing is compiled anew."""
+    entries = {"/".join(filter(None, (path, key))): a for path, layer in values.items() for key, a in layer.items() if key in AVERAGES}
+
+    def one(path: Any, old: Any) -> Any:
+        new = entries.get(path_text(path))
+        if new is None:
+            return old
+        new = (new if jnp.iscomplexobj(old) else np.real(new)).reshape(old.shape).astype(old.dtype)
+        return jax.device_put(new, old.sharding if old.committed else None)
+
+    return jax.tree_util.tree_map_with_path(one, state)

@@ -1,0 +1,139 @@
+"""What is looked at, in one form: a tree of states, and functions of it; whether the model is one of NNX or not."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..._pipeline.marks import STATISTICS
+from .._layers import NORMS_NNX, RUNNING_NNX, is_state, nnx_norms, path_text
+
+MOMENTUM = 0.9  # where none is told: of the usual ones that with the most noise in its averages
+
+
+class Subject(NamedTuple):
+    state: Any  # the tree
+    step: Callable[[Any, Any], Any]
+    loss: Callable[[Any, Any], Any] | None  # both compiled, of a tree and a batch
+    paths: list[str]  # of all norms
+    running: Mapping[str, Mapping[str, Any]]  # the states in the tree
+    scales: dict[str, np.ndarray]
+    kinds: dict[str, str]
+    epsilons: dict[str, float]
+    momentums: dict[str, float | None]
+
+    def memory(self, path: str) -> tuple[float | None, float]:
+        """How many batches the running average remembers, if that is known; and its variance, in those of a single batch."""
+        if "count" in self.running[path]:
+            count = max(float(np.max(self.running[path]["count"])), 1.0)
+            return count, 1 / count
+        momentum = self.momentums[path]
+        known = momentum is not None and momentum < 1
+        kept = min(max(momentum, 0.0), 1.0) if momentum is not None else MOMENTUM
+        return 1 / (1 - momentum) if known and momentum is not None else None, (1 - kept) / (1 + kept)
+
+
+def of_tree(step: Any, state: Any, loss: Any, params: Any, epsilon: float, momentum: float | None) -> Subject:
+    running = {path_text(p): node for p, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_state) if is_state(node)}
+    scales = _scales(params)
+    for path in running.keys() & scales.keys():
+        _check_shape(path, scales[path], running[path])
+    if not running and not scales:
+        raise ValueError(
+            "there are no norms: no running statistics, such as a dict of 'mean' and 'var', in the state, and no 'scale' in params."
+        )
+    arrays = jax.tree.map(jnp.asarray, state)
+    return Subject(
+        arrays,
+        jax.jit(step),
+        None if loss is None else jax.jit(loss),
+        list(dict.fromkeys([*running, *scales])),
+        running,
+        scales,
+        {},
+        # A state of standard deviations has epsilon in it.
+        {path: 0.0 if "std" in node else epsilon for path, node in running.items()},
+        dict.fromkeys(running, momentum),
+    )
+
+
+def _scales(params: Any) -> dict[str, np.ndarray]:
+    """Of what has a scale beside nothing but a bias: a layer's weights would be there too."""
+    found: dict[str, np.ndarray] = {}
+
+    def is_affine(node: Any) -> bool:
+        return isinstance(node, Mapping) and "scale" in node and set(node) <= {"scale", "bias"}
+
+    for path, node in jax.tree_util.tree_leaves_with_path({} if params is None else params, is_leaf=is_affine):
+        if is_affine(node):
+            found[path_text(path)] = np.asarray(jax.tree.leaves(node["scale"])[0])
+    return found
+
+
+def _check_shape(path: str, scale: np.ndarray, state: Mapping[str, Any]) -> None:
+    if scale.size != np.size(state["mean"]):
+        raise ValueError(
+            f"the scale of {path!r} has the shape {scale.shape}, and its running mean {np.shape(state['mean'])}: are params of this model?"
+        )
+
+
+# --- NNX --------------------------------------------------------------------------------------------------------------------
+
+
+def of_module(step: Any, model: nnx.Module, loss: Any, params: Any, epsilon: float, momentum: float | None) -> Subject:
+    if params is not None:
+        raise ValueError("params are for a state; an NNX model has its own.")
+    norms = nnx_norms(model, NORMS_NNX)
+    classes = (*RUNNING_NNX, nnx.BatchNorm)
+    with_state = {path: norm for path, norm in norms.items() if isinstance(norm, classes)}
+    training, evaluating = nnx.clone(model), nnx.clone(model)
+    training.eval()
+    evaluating.eval()
+    for norm in nnx_norms(training, NORMS_NNX).values():
+        if isinstance(norm, classes):
+            norm.use_running_average = False
+    state = {path: entries_of(norm) for path, norm in with_state.items()}
+    scales = {path: np.asarray(norm.scale[...]) for path, norm in norms.items() if getattr(norm, "scale", None) is not None}
+    return Subject(
+        state,
+        _on_copy(step, training, returns_state=True),
+        None if loss is None else _on_copy(loss, evaluating, returns_state=False),
+        list(norms),
+        state,
+        scales,
+        {path: type(norm).__name__ for path, norm in norms.items()},
+        {path: 0.0 if "std" in state[path] else float(getattr(norm, "epsilon", 0.0)) for path, norm in with_state.items()},
+        {path: momentum if norm.momentum is None else float(norm.momentum) for path, norm in with_state.items()},
+    )
+
+
+def entries_of(norm: Any) -> dict[str, Any]:
+    return {key: v[...] for key, v in vars(norm).items() if isinstance(v, nnx.BatchStat)}
+
+
+def _on_copy(function: Any, model: nnx.Module, returns_state: bool) -> Callable[[Any, Any], Any]:
+    """As a function of a tree of states and a batch. The other arrays are arguments: as constants they would be compiled in."""
+    definition, arrays = nnx.split(model)
+
+    @jax.jit
+    def run(arrays: Any, state: Any, batch: Any) -> Any:
+        copy = nnx.merge(definition, arrays)
+        norms = nnx_norms(copy)
+        for path, entries in state.items():
+            for key, entry in entries.items():
+                if not hasattr(norms[path], key):  # what it collects
+                    setattr(norms[path], key, nnx.BatchStat(entry))
+                else:
+                    getattr(norms[path], key).set_value(entry)
+        result = function(copy, batch)
+        return {path: entries_of(norms[path]) for path in state} if returns_state else result
+
+    return lambda state, batch: run(arrays, state, batch)
+
+
+def is_frozen(state: Mapping[str, Any]) -> bool:
+    """Its running statistics normalize in training too."""
+    return STATISTICS in state
