@@ -1,0 +1,152 @@
+"""What a state dict does not say: the hyperparameters of PyTorch's norms, and how its convolutions move."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ._match import some
+from ._torch import of_torch
+from ._trees import NORMS, Layer, Model
+
+_NORMS_OF = {
+    "BatchNorm": ("BatchNorm",),
+    "TrackedInstanceNorm": ("TrackedInstanceNorm",),
+    "InstanceNorm": ("InstanceNorm",),
+    "GroupNorm": ("GroupNorm",),
+    "LayerNorm": ("LayerNorm", "AddLayerNorm"),
+    "RMSNorm": ("RMSNorm", "AddRMSNorm"),
+}
+Pads = tuple[tuple[int, int], ...]
+
+
+def set_norms(model: Model, source: Any, name: Callable[[str], str], paths: set[str]) -> None:
+    """Sets what the source's norms have on the modules of a model; what cannot be set is refused."""
+    _refuse(_problems(model, source, name, paths, set_too=True))
+
+
+def compare(model: Model, source: Any, name: Callable[[str], str], paths: set[str]) -> None:
+    _refuse(_problems(model, source, name, paths, set_too=False))
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError(
+            f"the model does not do what the source does: {some(problems)}. Build it so, or pass source.state_dict() for the values alone."
+        )
+
+
+def _problems(model: Model, source: Any, name: Callable[[str], str], paths: set[str], set_too: bool) -> list[str]:
+    modules, problems = dict(source.named_modules(remove_duplicate=False)), []
+    for path, layer in model.layers.items():
+        theirs = modules.get(name(layer.name))
+        if path not in paths or theirs is None:
+            continue  # a key is missing, which is told with all that are
+        kind = type(layer.module).__name__
+        if kind in NORMS:
+            found = _norm_problems(layer, theirs, set_too)
+        elif kind in ("Conv", "ConvTranspose") and hasattr(theirs, "padding_mode"):
+            found = _conv_problems(layer.module, theirs)
+        else:
+            found = []
+        problems += [f"{path}: {problem}" for problem in found]
+    return problems
+
+
+def _norm_problems(layer: Layer, theirs: Any, set_too: bool) -> list[str]:
+    ours, kind = layer.module, type(layer.module).__name__
+    try:
+        norm = of_torch(theirs, ndim=3)
+    except ValueError as error:
+        return [str(error)]
+    if norm.kind == "LayerNorm" and norm.reduction_axes and 0 in norm.reduction_axes:
+        return [f"{type(theirs).__name__} without running statistics uses those of the batch always, {kind} does not"]
+    if kind not in _NORMS_OF[norm.kind]:
+        return [f"{kind} here, {type(theirs).__name__} there"]
+    wanted: dict[str, Any] = {"epsilon": norm.epsilon}
+    if norm.runs:
+        if norm.momentum is None and not hasattr(ours, "track_count"):
+            return [f"momentum=None is the cumulative average, which {type(ours).__module__.split('.')[0]}'s {kind} does not have"]
+        if norm.momentum is None and not ours.track_count:
+            return ["momentum=None is the cumulative average, which needs track_count=True"]
+        wanted |= {"momentum": norm.momentum, "running_var_correction": norm.running_var_correction}
+    if norm.kind == "GroupNorm" and ours.num_groups != norm.num_groups:
+        return [f"num_groups is {ours.num_groups} here, {norm.num_groups} there"]
+    problems = []
+    for option, value in wanted.items():
+        there = hasattr(ours, option)
+        if set_too and there:
+            setattr(ours, option, value)
+        elif not there:
+            problems.append(f"{kind} of Flax updates the biased variance; jnorm's has {option}={value}")
+        elif not _close(getattr(ours, option), value):
+            problems.append(f"{option} is {getattr(ours, option)} here, {value} there")
+    return problems
+
+
+def _close(a: Any, b: Any) -> bool:
+    return a == b if a is None or b is None else abs(a - b) <= 1e-6 * abs(b)  # 1 - momentum is rounded
+
+
+# --- Convolutions ---------------------------------------------------------------------------------------------------------------------
+
+
+def _conv_problems(ours: Any, theirs: Any) -> list[str]:
+    n, problems = len(theirs.kernel_size), []
+    strides, dilation = _spread(ours.strides, n), _spread(ours.kernel_dilation, n)
+    here = {"strides": strides, "dilation": dilation, "groups": getattr(ours, "feature_group_count", 1)}
+    there = {"strides": tuple(theirs.stride), "dilation": tuple(theirs.dilation), "groups": theirs.groups}
+    problems += [f"{key} is {here[key]} here, {there[key]} there" for key in here if here[key] != there[key]]
+    mode = ours.padding if isinstance(ours.padding, str) else "explicit"
+    circular = {"CIRCULAR": "circular", "REFLECT": "reflect"}
+    if theirs.padding_mode != circular.get(mode, "zeros"):
+        return [*problems, f"the padding is {ours.padding!r} here, {theirs.padding_mode} there"]
+    if problems or mode in circular:
+        return problems
+    sizes = [d * (k - 1) + 1 for d, k in zip(dilation, theirs.kernel_size, strict=True)]
+    want = (
+        _pads_of_transpose(theirs, sizes)
+        if hasattr(theirs, "output_padding") and type(ours).__name__ == "ConvTranspose"
+        else _pads_of(theirs, sizes)
+    )
+    pads = _pads(ours, sizes, strides, transpose=type(ours).__name__ == "ConvTranspose")
+    if pads is None:
+        return [f'padding="{ours.padding}" with strides {strides} depends on the size of x; the source has {_told(want)}']
+    return [] if pads == want else [f"the padding is {_told(pads)} here, {_told(want)} there"]
+
+
+def _told(pads: Pads) -> str:
+    return f"padding={list(pads)}"
+
+
+def _spread(value: Any, n: int) -> tuple[int, ...]:
+    return (1,) * n if value is None else (value,) * n if isinstance(value, int) else tuple(value)
+
+
+def _pads_of(theirs: Any, sizes: list[int]) -> Pads:
+    if theirs.padding == "valid":
+        return ((0, 0),) * len(sizes)
+    if theirs.padding == "same":
+        return tuple(((k - 1) // 2, k - 1 - (k - 1) // 2) for k in sizes)
+    return tuple((p, p) for p in theirs.padding)
+
+
+def _pads_of_transpose(theirs: Any, sizes: list[int]) -> Pads:
+    """Around the dilated x, as XLA has it."""
+    return tuple((k - 1 - p, k - 1 - p + more) for k, p, more in zip(sizes, theirs.padding, theirs.output_padding, strict=True))
+
+
+def _pads(ours: Any, sizes: list[int], strides: tuple[int, ...], transpose: bool) -> Pads | None:
+    """Around x, or around a dilated x; None where they depend on its size."""
+    padding = ours.padding
+    if not isinstance(padding, str):
+        each = (padding,) * len(sizes) if isinstance(padding, int) else tuple(padding)
+        return tuple((p, p) if isinstance(p, int) else tuple(p) for p in each)
+    if padding == "VALID":
+        return tuple((k - 1, s - 1 + max(k - s, 0)) if transpose else (0, 0) for k, s in zip(sizes, strides, strict=True))
+    if padding != "SAME":
+        return None
+    if transpose:
+        totals = [(k + s - 2, k - 1 if s > k - 1 else -(-(k + s - 2) // 2)) for k, s in zip(sizes, strides, strict=True)]
+        return tuple((low, total - low) for total, low in totals)
+    if any(s > 1 and k > 1 for k, s in zip(sizes, strides, strict=True)):
+        return None
+    return tuple(((k - 1) // 2, k - 1 - (k - 1) // 2) for k in sizes)

@@ -1,0 +1,215 @@
+"""Which tensor of a state dict is which variable of a model, and what is said where they do not fit."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from .._layers import Layers, chosen
+from ._layouts import Entry, bare_entry, entries_of
+from ._torch import array_of, canonical_state, folded_weight, parametrized_keys
+from ._trees import Model
+
+Rename = Mapping[str, str] | Callable[[str], str] | None
+MatchBy = Literal["name", "order"]
+_LISTED = 12
+_NAME = re.compile(r"(?:(?P<layer>.*)\.)?(?P<name>parametrizations\.\w+\.(?:original[01]?|0\._[uv])|\w+)")
+
+
+class Pair(NamedTuple):
+    """An entry of a layer (or of a parameter of the user's own), and the keys of its tensors."""
+
+    path: str
+    entry: Entry
+    keys: tuple[str, ...]
+
+
+def renamer(rename: Rename) -> Callable[[str], str]:
+    """From a path to PyTorch's name."""
+    if rename is not None and not callable(rename) and not isinstance(rename, Mapping):
+        raise TypeError(f"rename must be a dict of regular expressions and what to put in their place, or a function, got {rename!r}.")
+
+    def name(path: str) -> str:
+        if isinstance(rename, Mapping):
+            for pattern, replacement in rename.items():
+                path = re.sub(pattern, replacement, path)
+        elif rename is not None:
+            path = rename(path)
+        return path.replace("/", ".")
+
+    return name
+
+
+def pairs_of(model: Model, name: Callable[[str], str], flattened: Mapping[str, tuple[int, ...]] | None) -> list[Pair]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for pattern, shape in (flattened or {}).items():
+        shapes |= {path: tuple(shape) for path in chosen(model.layers, pattern, "layers")}
+    found = []
+    for path, layer in model.layers.items():
+        found += [Pair(path, entry, _keys(name(layer.name), entry)) for entry in entries_of(layer, model, shapes.get(path))]
+    for path, theirs in model.bare.items():
+        entry = bare_entry(path)
+        found.append(Pair(path, entry, _keys(name(theirs), entry)))
+    return found
+
+
+def _keys(prefix: str, entry: Entry) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{name}" if prefix and name else prefix or name for name in entry.theirs)
+
+
+def selected(model: Model, layers: Layers | None) -> set[str]:
+    """The paths of layers, and parameters outside of layers, that are asked for; there must be a rule for each."""
+    paths = set(chosen([*model.layers, *model.bare, *model.unknown], layers, "layers"))
+    if unknown := [f"{path} ({kind})" for path, kind in model.unknown.items() if path in paths]:
+        raise ValueError(
+            f"there is no rule for these layers: {some(unknown)}; leave them out with layers=, a function that is False for their paths, "
+            "and set them yourself."
+        )
+    if not model.variables:
+        raise ValueError("the model has no parameters.")
+    return paths
+
+
+# --- By order -------------------------------------------------------------------------------------------------------------------------
+
+
+def names_by_order(model: Model, state: Mapping[str, Any], pairs: list[Pair], paths: set[str]) -> dict[str, str]:
+    """PyTorch's name for each of the layers, by the order of both. Parameters outside of layers go by their names."""
+    bare = {key for pair in pairs if pair.path in model.bare for key in pair.keys}
+    theirs = _groups(key for key in canonical_state(state) if key not in bare)
+    ours: dict[str, set[str]] = {}
+    for pair in pairs:
+        if pair.path in model.layers and pair.path in paths and pair.entry.ours:
+            ours.setdefault(pair.path, set()).update(pair.entry.theirs)
+    here, there = list(ours), list(theirs)
+    wrong = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if not _alike(ours[a], theirs[b])), None)
+    if wrong is not None or len(here) != len(there):
+        i = min(len(here), len(there)) if wrong is None else wrong
+        a = f"{here[i]!r} with {sorted(ours[here[i]])}" if i < len(here) else "none"
+        b = f"{there[i]!r} with {sorted(theirs[there[i]])}" if i < len(there) else "none"
+        raise ValueError(
+            f'match="order": the model has {len(here)} layers with parameters, the source {len(there)}, and number {i + 1} is {a} here '
+            f"and {b} there; name them with rename=."
+        )
+    return {model.layers[a].name: b for a, b in zip(here, there, strict=True)}
+
+
+def _groups(keys: Iterable[str]) -> dict[str, set[str]]:
+    groups: dict[str, set[str]] = {}
+    for key in keys:
+        match = _NAME.fullmatch(key)
+        layer, name = (match["layer"] or "", match["name"]) if match else ("", key)
+        parent, _, last = layer.rpartition(".")
+        if last == "out_proj" and any(n.startswith(("in_proj", "q_proj")) for n in groups.get(parent, ())):
+            layer, name = parent, f"out_proj.{name}"
+        groups.setdefault(layer, set()).add(name)
+    return {layer: names for layer, names in groups.items() if names != {"num_batches_tracked"}}
+
+
+def _alike(ours: set[str], theirs: set[str]) -> bool:
+    def plain(names: set[str]) -> set[str]:
+        return {name.split(".")[1] if name.startswith("parametrizations.") else name for name in names} - {"num_batches_tracked"}
+
+    return plain(ours) == plain(theirs)
+
+
+# --- Reading --------------------------------------------------------------------------------------------------------------------------
+
+
+def read(model: Model, pairs: list[Pair], state: Mapping[str, Any], paths: set[str], ignore: Iterable[str]) -> dict[str, np.ndarray]:
+    """The variables' values, by path, in their shapes.
+
+    Raises:
+      ValueError: keys that are missing or left over, shapes that do not fit: all of them at once.
+    """
+    state = canonical_state(state)
+    ignore = list(ignore)
+    skipped = set(chosen(state, ignore, "keys of the state dict")) if ignore else set()
+    values: dict[str, np.ndarray] = {}
+    used: set[str] = set()
+    missing: list[tuple[str, str]] = []
+    wrong: list[str] = []
+    for pair in pairs:
+        arrays, taken, absent = _tensors(pair, state)
+        used |= taken
+        if pair.path not in paths:
+            continue
+        if absent:
+            missing += [(key, pair.path) for key in absent if pair.entry.ours]
+            continue
+        if problem := _shapes_differ(model, pair, arrays):
+            wrong.append(problem)
+            continue
+        values |= dict(zip(pair.entry.ours, pair.entry.to_ours(*arrays), strict=True))
+    extra = [key for key in state if key not in used | skipped and not _tied(state, key, used)]
+    if missing or extra or wrong:
+        raise ValueError(_told(missing, extra, wrong, state, pairs))
+    return values
+
+
+def _tensors(pair: Pair, state: Mapping[str, Any]) -> tuple[list[np.ndarray], set[str], list[str]]:
+    """The entry's tensors, the keys that they are of, and the keys that are not there."""
+    arrays: list[np.ndarray] = []
+    used: set[str] = set()
+    absent = [key for key in pair.keys if key not in state]
+    if len(pair.keys) == 1 and absent:
+        for keys in parametrized_keys(pair.keys[0]):
+            if all(key in state for key in keys):
+                weight = folded_weight(pair.keys[0], [array_of(state[key]) for key in keys], pair.entry.dim)
+                return [weight], set(keys), []
+    for key in pair.keys:
+        if key in state:
+            arrays.append(array_of(state[key]))
+            used.add(key)
+    return arrays, used, absent
+
+
+def zeros(model: Model, pair: Pair) -> list[np.ndarray]:
+    return [np.broadcast_to(np.zeros((), np.float32), model.variables[path].shape) for path in pair.entry.ours]
+
+
+def _shapes_differ(model: Model, pair: Pair, arrays: list[np.ndarray]) -> str | None:
+    want = [a.shape for a in pair.entry.to_theirs(*zeros(model, pair))]
+    for key, shape, array in zip(pair.keys, want, arrays, strict=True):
+        if shape != array.shape:
+            return f"{pair.path}: {key!r} has the shape {array.shape}, the model needs {shape}"
+    return None
+
+
+def _tied(state: Mapping[str, Any], key: str, used: set[str]) -> bool:
+    """Whether it is another name of a tensor that was taken, such as an embedding's that is the last layer's weight too."""
+    tensor = state[key]
+    pointer = getattr(tensor, "data_ptr", None)
+    for other in used:
+        there = state[other]
+        if there is tensor or (pointer is not None and hasattr(there, "data_ptr") and pointer() == there.data_ptr() != 0):
+            return jnp.shape(array_of(there)) == jnp.shape(array_of(tensor))
+    return False
+
+
+def _told(missing: list, extra: list[str], wrong: list[str], state: Mapping[str, Any], pairs: list[Pair]) -> str:
+    wanted = [key for pair in pairs for key in pair.keys]
+    lines = ["the state dict does not fit the model."]
+    if missing:
+        lines.append(f"Missing: {some([f'{key!r} (of {path}{_near(key, extra)})' for key, path in missing])}.")
+    if extra:
+        left = [key for key in wanted if key not in state]
+        lines.append(f"Not in the model: {some([f'{key!r}{_near(key, left, brackets=True)}' for key in extra])}.")
+    if wrong:
+        lines.append(f"Of other shapes: {some(wrong)}.")
+    if missing or extra:
+        lines.append("Say with rename= what the layers are called there, with ignore= what to leave, and with layers= what to set.")
+    return "\n".join(lines)
+
+
+def _near(key: str, among: list[str], brackets: bool = False) -> str:
+    found = difflib.get_close_matches(key, among, n=1, cutoff=0.5)
+    return "" if not found else f" (like {found[0]!r})" if brackets else f"; like {found[0]!r}, which is there"
+
+
+def some(texts: list[str]) -> str:
+    more = len(texts) - _LISTED
+    return ", ".join(texts[:_LISTED]) + (f", and {more} more" if more > 0 else "")

@@ -1,0 +1,257 @@
+"""Models of PyTorch, to those of NNX and Linen that are built alike, and back."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.core import meta
+
+from .._layers import Layers
+from ._checks import compare, set_norms
+from ._match import MatchBy, Pair, Rename, names_by_order, pairs_of, read, renamer, selected
+from ._torch import tensor_of
+from ._trees import Model, at, of_linen_model, of_nnx_model
+
+Flattenings = Mapping[str, tuple[int, ...]]
+
+
+def load_torch(
+    model: nnx.Module,
+    source: Any,
+    *,
+    rename: Rename = None,
+    match: MatchBy = "name",
+    layers: Layers | None = None,
+    ignore: Iterable[str] = (),
+    flattened: Flattenings | None = None,
+) -> Any:
+    """An NNX model with the weights and statistics of a PyTorch model that is built alike.
+
+    Layouts are changed: kernels of dense layers, convolutions (transposed ones too) and attention, the axes of what follows a flattening.
+    Layers that there are rules for: `Linear`, `Conv`, `ConvTranspose`, `Embed`, `PReLU`, `MultiHeadAttention` of Flax, norms of Flax and
+    jnorm, and jnorm's `WeightNorm` and `SpectralNorm` around one of them. Parameters of your own modules are taken as they are.
+
+    Args:
+      model: gives the structure, the dtypes and the shardings. It stays as it is, and may be abstract (`nnx.eval_shape`).
+      source: a PyTorch module, or a state dict of tensors or NumPy arrays. Of a module the hyperparameters, which no state dict has, are
+        taken too: epsilon, momentum and the kind of running variance are set, and strides, paddings and groups compared.
+      rename: what the layers are called there: a dict of regular expressions and what to put in their place, one after the other; or a
+        function. Of paths such as "layer1/0/conv1", in which the "layers" of an `nnx.Sequential` is left out, as in PyTorch.
+      match: "name", or "order": the layers of both in the order of their definition. A copy of an NNX model (`nnx.clone`, `nnx.merge`)
+        has forgotten that order.
+      layers: only these, by path; see :func:`jnorm.tools.recalibrate`.
+      ignore: patterns of keys of the source that are left.
+      flattened: paths of dense layers and norms whose features were flattened from (C, *positions) there, and are flattened from
+        (*positions, C) here, with that shape. Of layer normalization over several axes likewise.
+
+    Returns:
+      A new model.
+
+    Raises:
+      ValueError: keys that are missing or left over, shapes that do not fit, all told at once; layers that there is no rule for; what a
+        module does that the model cannot do. To leave that, pass the module's `state_dict()`.
+
+    Numerics:
+      Values are cast to the dtypes that the model has. Weight normalization of the source becomes a plain weight where the model has no
+      wrapper, and so does spectral normalization, as it is in evaluation. Around one, the running estimates of spectral normalization are
+      taken too; PyTorch's estimate and this one differ by half a step of the power iteration.
+
+    Example:
+      >>> import pytest
+      >>> torch = pytest.importorskip("torch")
+      >>> from flax import nnx
+      >>> import jnorm.nnx as jnx
+      >>> from jnorm.tools import convert
+      >>> source = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), jnx.BatchNorm(4, rngs=rngs))
+      >>> model = convert.load_torch(model, source)
+      >>> model.layers[1].momentum, model.layers[1].running_var_correction
+      (0.9, 1)
+    """
+    found = of_nnx_model(model)
+    new = nnx.clone(model)
+    paths = selected(found, layers)
+    # The modules of the copy, which may be changed.
+    keys = {id(module): keys for keys, module in nnx.iter_modules(model)}
+    found = found._replace(layers={p: layer._replace(module=at(new, keys[id(layer.module)])) for p, layer in found.layers.items()})
+    state, name = _state_and_names(found, source, rename, match, paths, flattened)
+    if _is_module(source):
+        set_norms(found, source, name, paths)
+    values = read(found, pairs_of(found, name, flattened), state, paths, ignore)
+    for path, value in values.items():
+        variable = at(new, found.keys[path])
+        variable.set_value(_like(value, variable.get_value()))
+    return new
+
+
+def load_torch_linen(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    source: Any,
+    *args: Any,
+    rename: Rename = None,
+    match: MatchBy = "name",
+    layers: Layers | None = None,
+    ignore: Iterable[str] = (),
+    flattened: Flattenings | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The variables of a Linen model with the weights and statistics of a PyTorch model that is built alike.
+
+    As :func:`load_torch`. A Linen model is code: nothing in it can be set, so that what a PyTorch module does otherwise is refused.
+
+    Args:
+      model: the Linen model.
+      variables: of the model, such as `model.init` gives, or `jax.eval_shape` of it: they give the structure and the dtypes.
+      source: a PyTorch module, or a state dict; see :func:`load_torch`.
+      *args: of a call of the model, which is traced to find its layers.
+      rename: see :func:`load_torch`; the paths are those of the variables, such as "Dense_0".
+      match: "name", or "order": layers in the order in which they are called here and defined there.
+      layers: only these, by path.
+      ignore: patterns of keys of the source that are left.
+      flattened: see :func:`load_torch`.
+      **kwargs: of the call of the model.
+
+    Returns:
+      New variables: the tree that was given, its collections "params" and "batch_stats" with other values.
+
+    Raises:
+      ValueError: as :func:`load_torch`; hyperparameters of the source's norms and convolutions that the model does not have.
+
+    Example:
+      >>> import pytest
+      >>> torch = pytest.importorskip("torch")
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from jnorm.tools import convert
+      >>> model, x = nn.Dense(4), jnp.ones((1, 3))
+      >>> variables = convert.load_torch_linen(model, model.init(jax.random.key(0), x), torch.nn.Linear(3, 4), x)
+      >>> variables["params"]["kernel"].shape
+      (3, 4)
+    """
+    found = of_linen_model(model, variables, args, kwargs)
+    paths = selected(found, layers)
+    state, name = _state_and_names(found, source, rename, match, paths, flattened)
+    if _is_module(source):
+        compare(found, source, name, paths)
+    values = read(found, pairs_of(found, name, flattened), state, paths, ignore)
+    by_keys = {found.keys[path]: value for path, value in values.items()}
+
+    def one(path: Any, leaf: Any) -> Any:
+        keys = tuple(getattr(entry, "key", None) for entry in path)
+        return meta.replace_boxed(leaf, _like(by_keys[keys], meta.unbox(leaf))) if keys in by_keys else leaf
+
+    return jax.tree_util.tree_map_with_path(one, variables, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+
+
+def to_torch(
+    model: nnx.Module, *, rename: Rename = None, layers: Layers | None = None, flattened: Flattenings | None = None
+) -> dict[str, Any]:
+    """The state dict of a PyTorch model that is built as an NNX model is: the way back from :func:`load_torch`.
+
+    A state dict has no hyperparameters: give PyTorch's norms their epsilon, and 1 − momentum, yourself, or build them with
+    :func:`as_torch`.
+
+    Args:
+      model: the NNX model.
+      rename: as of :func:`load_torch`: what the layers are called there.
+      layers: only these, by path.
+      flattened: as of :func:`load_torch`.
+
+    Returns:
+      Tensors in the dtypes of the model, for `load_state_dict`. Tied weights are there once.
+
+    Raises:
+      ValueError: layers that there is no rule for.
+
+    Example:
+      >>> import pytest
+      >>> torch = pytest.importorskip("torch")
+      >>> from flax import nnx
+      >>> from jnorm.tools import convert
+      >>> {k: tuple(t.shape) for k, t in convert.to_torch(nnx.Linear(3, 4, rngs=nnx.Rngs(0))).items()}
+      {'weight': (4, 3), 'bias': (4,)}
+    """
+    return _written(of_nnx_model(model), rename, layers, flattened)
+
+
+def to_torch_linen(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    rename: Rename = None,
+    layers: Layers | None = None,
+    flattened: Flattenings | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """The state dict of a PyTorch model that is built as a Linen model is: the way back from :func:`load_torch_linen`.
+
+    Args:
+      model: the Linen model.
+      variables: its variables.
+      *args: of a call of the model, which is traced to find its layers.
+      rename: as of :func:`load_torch_linen`.
+      layers: only these, by path.
+      flattened: as of :func:`load_torch`.
+      **kwargs: of the call of the model.
+
+    Returns:
+      As :func:`to_torch`.
+
+    Raises:
+      ValueError: layers that there is no rule for.
+
+    Example:
+      >>> import pytest
+      >>> torch = pytest.importorskip("torch")
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from jnorm.tools import convert
+      >>> model, x = nn.Dense(4), jnp.ones((1, 3))
+      >>> sorted(convert.to_torch_linen(model, model.init(jax.random.key(0), x), x))
+      ['bias', 'weight']
+    """
+    return _written(of_linen_model(model, variables, args, kwargs), rename, layers, flattened)
+
+
+def _written(found: Model, rename: Rename, layers: Layers | None, flattened: Flattenings | None) -> dict[str, Any]:
+    paths, state = selected(found, layers), {}
+    for pair in pairs_of(found, renamer(rename), flattened):
+        if pair.path in paths:
+            state |= _tensors_of(found, pair)
+    return state
+
+
+def _tensors_of(found: Model, pair: Pair) -> dict[str, Any]:
+    values = [np.asarray(v.get_value() if isinstance(v, nnx.Variable) else v) for v in (found.variables[path] for path in pair.entry.ours)]
+    return {key: tensor_of(np.ascontiguousarray(a)) for key, a in zip(pair.keys, pair.entry.to_theirs(*values), strict=True)}
+
+
+def _is_module(source: Any) -> bool:
+    return not isinstance(source, Mapping) and hasattr(source, "state_dict")
+
+
+def _state_and_names(
+    found: Model, source: Any, rename: Rename, match: MatchBy, paths: set[str], flattened: Flattenings | None
+) -> tuple[Mapping[str, Any], Callable[[str], str]]:
+    state = source.state_dict() if _is_module(source) else source
+    if not isinstance(state, Mapping):
+        raise TypeError(f"source must be a PyTorch module or a state dict, got {type(source).__name__}.")
+    if match not in ("name", "order"):
+        raise ValueError(f'match must be "name" or "order", got {match!r}.')
+    if match == "name":
+        return state, renamer(rename)
+    if rename is not None:
+        raise ValueError('match="order" asks for no names: leave rename out.')
+    names = names_by_order(found, state, pairs_of(found, renamer(None), flattened), paths)
+    return state, lambda path: names.get(path, path.replace("/", "."))
+
+
+def _like(value: np.ndarray, old: Any) -> jax.Array:
+    """In the dtype of the old value, and over the devices that it is over, where those are several."""
+    array = jnp.asarray(np.ascontiguousarray(value).astype(old.dtype))
+    sharding = getattr(old, "sharding", None)
+    return jax.device_put(array, sharding) if sharding is not None and len(sharding.device_set) > 1 else array
