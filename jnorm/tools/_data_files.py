@@ -1,4 +1,4 @@
-"""Arrays in files, read and written some rows at a time, so that no file has to fit in memory."""
+"""Arrays in files, read some rows at a time, so that no file has to fit in memory."""
 
 import contextlib
 import glob
@@ -33,8 +33,8 @@ class Part(NamedTuple):
     name: str
     """What an error calls it."""
     path: Path | None
-    stem: str
-    """Of the name of what is written for it."""
+    member: str | None
+    """Of an archive."""
     shape: tuple[int, ...]
     """Of a table of text the number of rows, the first, is -1: not known."""
     dtype: np.dtype
@@ -43,6 +43,12 @@ class Part(NamedTuple):
     size: int
     read: Callable[[int], Iterator[Rows]]
     """In blocks of so many rows."""
+
+    @property
+    def stem(self) -> str:
+        """Of the name of what is written for it."""
+        assert self.path is not None
+        return self.path.stem + ("" if self.member is None else "-" + self.member.replace("/", "-"))
 
 
 def parts_of(sources: Any, members: Members, csv_header: bool) -> Iterator[Part]:
@@ -88,15 +94,10 @@ def _files(path: Path) -> list[Path]:
 def _parts_of_file(path: Path, members: Members, csv_header: bool) -> Iterator[Part]:
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        yield _of_npy(str(path), path, path.stem, lambda: path.open("rb"), lambda: np.load(path, mmap_mode="r"))
+        yield _of_npy(str(path), path, None, lambda: path.open("rb"), lambda: np.load(path, mmap_mode="r"))
     elif suffix == ".npz":
         for member in _members(path, members):
-            yield _of_npy(
-                f"{path}[{member!r}]",
-                path,
-                f"{path.stem}-{member.replace('/', '-')}",
-                lambda member=member: _open_member(path, member),
-            )
+            yield _of_npy(f"{path}[{member!r}]", path, member, lambda member=member: _open_member(path, member))
     else:
         yield _of_table(path, DELIMITERS[suffix], csv_header)
 
@@ -110,7 +111,9 @@ def reading(name: str | Path) -> Iterator[None]:
         raise ValueError(f"{name} cannot be read: {str(e) or type(e).__name__}") from e
 
 
-def _part(name: str, path: Path | None, stem: str, shape: tuple[int, ...], dtype: Any, row_bytes: int, size: int, read: Any) -> Part:
+def _part(
+    name: str, path: Path | None, member: str | None, shape: tuple[int, ...], dtype: Any, row_bytes: int, size: int, read: Any
+) -> Part:
     dtype = np.dtype(dtype)
     if dtype.kind not in "biu" and not jnp.issubdtype(dtype, np.floating):
         fix = " NumPy keeps no bfloat16 in files: save it as float32." if dtype.kind == "V" else ""
@@ -120,7 +123,7 @@ def _part(name: str, path: Path | None, stem: str, shape: tuple[int, ...], dtype
         raise ValueError(f"{name} is one number, without an axis of examples.")
     if 0 in shape:
         raise ValueError(f"{name} is empty: its shape is {shape}.")
-    return Part(name, path, stem, shape, dtype, row_bytes, size, read)
+    return Part(name, path, member, shape, dtype, row_bytes, size, read)
 
 
 # --- Arrays ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +137,7 @@ def _of_array(array: Any, name: str) -> Part:
             rows = array[at : at + number]
             yield Rows(rows, rows.nbytes)
 
-    return _part(name, None, "", array.shape, array.dtype, 0, array.nbytes, read)
+    return _part(name, None, None, array.shape, array.dtype, 0, array.nbytes, read)
 
 
 # --- NumPy's files --------------------------------------------------------------------------------------------------------------
@@ -166,7 +169,7 @@ def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     raise ValueError(f"it is in version {version} of NumPy's format, which is for arrays with fields.")
 
 
-def _of_npy(name: str, path: Path, stem: str, opened: Callable[[], Any], mapped: Callable[[], Any] | None = None) -> Part:
+def _of_npy(name: str, path: Path, member: str | None, opened: Callable[[], Any], mapped: Callable[[], Any] | None = None) -> Part:
     with reading(name), opened() as stream:
         shape, fortran, dtype = _header(stream)
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
@@ -178,7 +181,7 @@ def _of_npy(name: str, path: Path, stem: str, opened: Callable[[], Any], mapped:
             for block in blocks:
                 yield Rows(block, block.nbytes)
 
-    return _part(name, path, stem, shape, dtype, row_bytes, row_bytes * math.prod(shape[:1]), read)
+    return _part(name, path, member, shape, dtype, row_bytes, row_bytes * math.prod(shape[:1]), read)
 
 
 def _streamed(opened: Callable[[], Any], shape: tuple[int, ...], dtype: np.dtype, sizes: list[int]) -> Iterator[np.ndarray]:
@@ -254,45 +257,8 @@ def _of_table(path: Path, delimiter: str, header: bool) -> Part:
 
     # A line is held as a string, with what Python adds to one, while its numbers are made.
     row_bytes = 2 * columns * 8 + 2 * len(first[0][1]) + 300 if first else 0
-    return _part(str(path), path, path.stem, (-1, columns), np.float64, row_bytes, path.stat().st_size, read)
+    return _part(str(path), path, None, (-1, columns), np.float64, row_bytes, path.stat().st_size, read)
 
 
 def _number(field: str) -> float:
     return float(field) if field.strip() else math.nan
-
-
-# --- Writing --------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A stream, whose bytes are in the file when all went well; what goes wrong leaves there what was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w+b") as stream:
-            yield stream
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path: Path, row_shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Callable[[np.ndarray], None]]:
-    """Gives a function that writes some rows more. How many there were is put in at the end, for which NumPy leaves room."""
-    with replacing(path) as stream:
-        number = 0
-
-        def head() -> int:
-            description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (number, *row_shape)}
-            np.lib.format.write_array_header_1_0(stream, description)
-            return stream.tell()
-
-        def write(rows: np.ndarray) -> None:
-            nonlocal number
-            number += len(rows)
-            stream.write(np.ascontiguousarray(rows, dtype).reshape(-1).view(np.uint8).data)
-
-        length = head()
-        yield write
-        stream.seek(0)
-        assert head() == length

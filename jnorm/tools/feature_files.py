@@ -12,9 +12,10 @@ import numpy as np
 from .._norms.feature_standardization import _check_keys
 from .._pipeline.axes import Layout, canonical_axes, others
 from ..typing import Axes, FeatureStatistics
-from ._data_files import Members, Part, parts_of, writing
+from ._data_files import Members, Part, parts_of
 from ._feature_sums import Sums
 from ._progress import progress_bar
+from ._written_files import writing
 
 Source = Any
 Missing = Literal["nan"] | None
@@ -206,7 +207,10 @@ def _parts(sources: Source, members: Members, csv_header: bool, feature_axes: Ax
 
 def _fitting(parts: Iterator[Part], feature_axes: Axes, features: tuple[int, ...] | None) -> Iterator[_Fitting]:
     whose = "the statistics have"
+    seen: dict[Any, str] = {}
     for part in parts:
+        if part.path is not None and (before := seen.setdefault((part.path.resolve(), part.member), part.name)) is not part.name:
+            raise ValueError(f"{before} is there twice, the second time as {part.name}.")
         shape = part.shape if len(part.shape) > 1 else (*part.shape, 1)
         axes = canonical_axes(feature_axes, len(shape), "feature_axes", part.name)
         if 0 in axes:

@@ -13,8 +13,9 @@ from flax import nnx
 
 from .. import nnx as jnx
 from .._norms.feature_standardization import KEYS, _check_keys
-from ._data_files import reading, replacing
+from ._data_files import reading
 from ._layers import Layers, chosen, path_text
+from ._written_files import replacing
 
 Model = TypeVar("Model")
 _COLLECTION = "batch_stats"
