@@ -285,9 +285,19 @@ def _prepared(x: jax.Array, state: Any, correction: Any, minimum_std: Any, featu
             raise ValueError(f"{name} must be at least 0, got {value}.")
     stats = _stats_of(state)
     wide = np.promote_types(stats_dtype(x.dtype), stats.mean.dtype)
-    std = _std(stats, correction).astype(wide)
-    divisor = jnp.where(std > 0, jnp.maximum(std, jnp.asarray(minimum_std, wide)), 1)
+    divisor = _divisor(stats, correction, minimum_std, wide)
     return x.astype(wide), *(layout.feature_view(v) for v in (stats.mean.astype(wide), divisor)), check_dtype(dtype, x)
+
+
+def divisor_of(state: FeatureStatistics, correction: Any, minimum_std: Any) -> jax.Array:
+    """What features are divided by."""
+    stats = _stats_of(state)
+    return _divisor(stats, correction, minimum_std, stats.mean.dtype)
+
+
+def _divisor(stats: Stats, correction: Any, minimum_std: Any, dtype: Any) -> jax.Array:
+    std = _std(stats, correction).astype(dtype)
+    return jnp.where(std > 0, jnp.maximum(std, jnp.asarray(minimum_std, dtype)), 1)
 
 
 def _std(stats: Stats, correction: Any) -> jax.Array:

@@ -8,6 +8,9 @@ from .feature_files import standardize_files as standardize_files
 from .feature_statistics import load_feature_statistics as load_feature_statistics
 from .feature_statistics import save_feature_statistics as save_feature_statistics
 from .feature_statistics import with_feature_statistics as with_feature_statistics
+from .fold import fold as fold
+from .fold import fold_into_next as fold_into_next
+from .fold import fold_into_previous as fold_into_previous
 from .freeze import freeze as freeze
 from .freeze import thaw as thaw
 from .inspect import inspect_norms as inspect_norms
@@ -27,6 +30,9 @@ __all__ = [
     "commit_once",
     "commit_population",
     "feature_statistics_of_files",
+    "fold",
+    "fold_into_next",
+    "fold_into_previous",
     "freeze",
     "frozen_param_mask",
     "inspect_norms",

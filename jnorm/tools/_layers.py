@@ -120,7 +120,7 @@ def nnx_norms(model: nnx.Module, classes: tuple[type, ...] = NORMS_NNX) -> dict[
     """The norms of an NNX model, by path, jnorm's and Flax's. A model that is a norm has the path ""."""
     norms = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if isinstance(module, classes)}
     if not norms:
-        raise ValueError(_none_of(classes))
+        raise ValueError(none_of(classes))
     return norms
 
 
@@ -130,7 +130,7 @@ def linen_norms(
     """The norms of a Linen model, by path, in the order in which a call of it calls them. The call is traced, and computes nothing."""
     norms = called_norms(lambda variables, args: model.apply(variables, *args, mutable=True, **kwargs), variables, args, classes=classes)
     if not norms:
-        raise ValueError(_none_of(classes))
+        raise ValueError(none_of(classes))
     return norms
 
 
@@ -171,7 +171,7 @@ def _is_node(node: Any) -> bool:
     return isinstance(node, nnx.Pytree)
 
 
-def _none_of(classes: tuple[type, ...]) -> str:
+def none_of(classes: tuple[type, ...]) -> str:
     names = list(dict.fromkeys(norm.__name__ for norm in classes))
     what = "norm with running statistics" if set(names) == set(RUNNING) else "norm"
     return f"there is no {what} in the model: none of {names}."

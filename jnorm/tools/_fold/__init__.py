@@ -1,0 +1,1 @@
+"""What `jnorm.tools.fold` is made of."""

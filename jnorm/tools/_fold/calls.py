@@ -1,0 +1,141 @@
+"""What each norm of a model is called with, and whether that is an affine map of fixed numbers."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from ..._kernels._forms import activate
+from ..._norms.feature_standardization import divisor_of
+from ..._pipeline.marks import STATISTICS
+from .._layers import STATELESS
+from .graph import Graph, mark
+from .steps import KeptError
+
+# In evaluation y = (x - mean)·mul + bias, with the running statistics.
+AFFINE = (
+    "BatchNorm",
+    "BatchRenorm",
+    "CrossMiniBatchNorm",
+    "FeatureStandardization",
+    "GhostBatchNorm",
+    "MeanOnlyBatchNorm",
+    "TrackedInstanceNorm",
+)
+_OTHERS = {
+    "CrossIterationBatchNorm": "it has its layer inside; its evaluation is that of a layer and a BatchNorm",
+    "DivisiveBatchNorm": "it divides by what it finds around each value",
+    "EvalNorm": "a sample's own statistics enter its evaluation",
+}
+
+
+@dataclasses.dataclass
+class Call:
+    """A norm's call in the trace.
+
+    Args:
+      shape: of its input.
+      features: the axes of the features.
+      dtype: of its output.
+      alone: whether it does nothing beside normalizing.
+    """
+
+    shape: tuple[int, ...]
+    features: tuple[int, ...]
+    dtype: Any
+    alone: bool
+
+
+class Calls:
+    """The norms of a model, by path, and their calls."""
+
+    def __init__(self, remedy: str) -> None:
+        self.remedy = remedy
+        self.norms: dict[str, Any] = {}
+        self.seen: dict[str, Call] = {}
+        self.reasons: dict[str, str] = {}
+
+    def note(self, path: str, norm: Any) -> bool:
+        """Whether it may be folded, as far as its class says."""
+        if path not in self.norms:
+            self.norms[path] = norm
+            if type(norm).__name__ not in AFFINE:
+                sample = "its statistics are those of each sample"
+                self.reasons[path] = _OTHERS.get(type(norm).__name__, sample if type(norm).__name__ in (*STATELESS, "InstanceNorm") else "")
+        return type(norm).__name__ in AFFINE
+
+    def run(self, path: str, norm: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """The norm's output, with marks at both ends."""
+        given = inspect.signature(type(norm).__call__).bind(norm, *args, **kwargs).arguments
+        name, x = next(item for item in given.items() if item[0] != "self")
+        x = jnp.asarray(x)
+        if not self._evaluates(norm, given):
+            raise ValueError(
+                f"fold needs the model as it evaluates, but the norm {path!r} was called with use_running_average=False: {self.remedy}."
+            )
+        options = {key for key in ("mask", "statistics", "fit") if given.get(key) is not None and given.get(key) is not False}
+        if options:
+            self.reasons[path] = f"it is called with {' and '.join(sorted(options))}"
+        elif _updates(norm, given):
+            self.reasons[path] = "its running statistics move in this call"
+        marked = mark(x, path, "in")
+        out = call(marked, *args[1:], **kwargs) if args else call(**{**kwargs, name: marked})
+        axes = norm.axis if hasattr(norm, "axis") else norm.feature_axes
+        features = tuple(sorted({int(a) % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}))
+        alone = getattr(norm, "activation", None) is None and given.get("residual") is None
+        self.seen[path] = Call(x.shape, features, out.dtype, alone)
+        return mark(out, path, "out")
+
+    @staticmethod
+    def _evaluates(norm: Any, given: dict[str, Any]) -> bool:
+        if type(norm).__name__ == "FeatureStandardization" or _has(norm, STATISTICS):
+            return True
+        asked = given.get("use_running_average")
+        return bool(norm.use_running_average if asked is None else asked)
+
+    def check(self, graph: Graph, path: str) -> Call:
+        """The one call of a norm that may be folded."""
+        if self.reasons.get(path) is not None:
+            raise KeptError(self.reasons[path])
+        found = graph.marks(path, "in")
+        if len(found) > 1:
+            raise KeptError(f"it is called {len(found)} times")
+        if not found:
+            hidden = graph.hidden_in(path)
+            raise KeptError(f"it is called in the body of a {hidden}" if hidden else "what it gives out is not used")
+        if found[0].params["mapped"]:
+            raise KeptError("it is called under vmap")
+        return self.seen[path]
+
+
+def _has(norm: Any, key: str) -> bool:
+    return norm.has_variable("batch_stats", key) if hasattr(norm, "has_variable") else hasattr(norm, key)
+
+
+def _updates(norm: Any, given: dict[str, Any]) -> bool:
+    asked = given.get("update_running")
+    return bool(getattr(norm, "update_running", None) if asked is None else asked)
+
+
+def state_of(norm: Any, variables: dict[str, Any]) -> dict[str, Any]:
+    """What the map is made of, as "mean", "var" or "std", "scale" and "bias", of a norm's variables."""
+    known = {key: variables[key] for key in ("mean", "var", "std", "scale", "bias") if variables.get(key) is not None}
+    if type(norm).__name__ == "FeatureStandardization":
+        statistics: Any = {"count": variables["count"], **known}
+        return {"mean": known["mean"], "std": divisor_of(statistics, norm.correction, norm.minimum_std)}
+    return known
+
+
+def finished(x: Any, bias: Any, residual: Any, activation: Any, dtype: Any) -> jax.Array:
+    """What stays of a norm that was folded into the layer before it."""
+    x = jnp.asarray(x)
+    with jax.numpy_dtype_promotion("standard"):
+        wide = jnp.result_type(x.dtype, jnp.float32 if not (bias is None and residual is None) else x.dtype)
+        for other in (bias, residual):
+            x = x if other is None else x.astype(wide) + jnp.asarray(other).astype(wide)
+    if callable(activation):
+        return cast(jax.Array, activation(x.astype(dtype)))
+    return activate(activation, x).astype(dtype)

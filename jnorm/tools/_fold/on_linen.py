@@ -1,0 +1,170 @@
+"""Folding in Linen models."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import FrozenDict, freeze, meta, unfreeze
+
+from ... import linen as jnn
+from .._layers import NORMS_LINEN, Layers, chosen, none_of
+from .calls import Calls, finished
+from .plan import Key, einsum_order, folded_values, key_of, plan, trace, with_bias
+from .report import Report
+from .walks import Layer
+
+_CLASSES = (*NORMS_LINEN, jnn.FeatureStandardization)
+_LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """What a norm that was folded still does."""
+
+    activation: Any
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedLinen:
+    """What :func:`fold` returns of a Linen model: variables without the norms, and the call that goes with them.
+
+    It is a pytree, whose arrays are the variables: give it to a function under `jax.jit` as an argument.
+
+    Args:
+      model: the model as it was given: its code still calls the norms, which :meth:`apply` passes over.
+      variables: without those of the folded norms, and with new kernels and biases.
+      report: what became of each norm; its text is a table.
+      left: of each folded norm, by path, what it still does.
+      biased: paths of the layers that got a bias.
+    """
+
+    model: nn.Module
+    variables: Any
+    report: Report
+    left: tuple[tuple[str, Left], ...]
+    biased: tuple[str, ...]
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.apply` with the folded variables.
+
+        Args:
+          *args: those of the model's call.
+          **kwargs: those of the model's call, and of `apply`.
+
+        Returns:
+          What the model returns.
+        """
+        left = dict(self.left)
+
+        def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            module, path = context.module, "/".join(context.module.path)
+            if context.method_name != "__call__":
+                return call(*args, **kwargs)
+            if path in left:
+                return _finished(module, left[path], *args, **kwargs)
+            return _with_bias(module, call, args, kwargs) if path in self.biased else call(*args, **kwargs)
+
+        with nn.intercept_methods(intercept):
+            return self.model.apply(self.variables, *args, **kwargs)
+
+
+jax.tree_util.register_dataclass(FoldedLinen, data_fields=["variables"], meta_fields=["model", "report", "left", "biased"])
+
+
+def _finished(module: nn.Module, left: Left, x: Any, *args: Any, residual: Any = None, **kwargs: Any) -> jax.Array:
+    del args, kwargs
+    bias = module.get_variable("params", "bias") if module.has_variable("params", "bias") else None
+    return finished(x, bias, residual, left.activation, left.dtype)
+
+
+def _with_bias(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The call of a layer as if it had been made with a bias."""
+    object.__setattr__(module, "use_bias", True)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(module, "use_bias", False)
+
+
+def fold_linen(model: nn.Module, variables: Any, args: tuple, kwargs: dict, layers: Layers | None) -> FoldedLinen:
+    """:func:`jnorm.tools.fold` of a Linen model."""
+    calls, owners = Calls("pass train=False, or whatever the model calls it"), {}
+
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module, path = context.module, "/".join(context.module.path)
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        if isinstance(module, _LAYERS):
+            owners[path] = module.clone(parent=None)
+        if isinstance(module, _CLASSES) and calls.note(path, module.clone(parent=None)):
+            return calls.run(path, module, call, args, kwargs)
+        return call(*args, **kwargs)
+
+    def run(variables: Any, args: tuple, kwargs: dict) -> Any:
+        with nn.intercept_methods(intercept):
+            return model.apply(variables, *args, mutable=True, **kwargs)
+
+    graph = trace(run, variables, args, kwargs, lambda key: key[1:] if key[0] == "params" else None)
+    if not calls.norms:
+        raise ValueError(none_of(_CLASSES))
+    pairs, report = plan(graph, calls, chosen(calls.norms, layers), lambda layer, way: _new_bias(owners, layer, way))
+    values = {key_of(path): a for path, a in jax.tree_util.tree_leaves_with_path(variables["params"])}
+    new, shifts = folded_values(values, pairs, calls, {p.norm: _variables_of(variables, p.norm) for p in pairs})
+    made = {p.layer.bias for p in pairs if p.new_bias}
+    folded = _replaced(variables, {key: a for key, a in new.items() if key not in made})
+    for pair in pairs:
+        folded = {kind: _without(tree, _split(pair.norm)) for kind, tree in folded.items()}
+    added = {key: new[key] for key in made} | {(*_split(path), "bias"): shift for path, shift in shifts.items()}
+    for key, value in added.items():
+        node = folded["params"]
+        for name in key[:-1]:
+            node = node.setdefault(name, {})
+        node[key[-1]] = value
+    folded = {kind: tree for kind, tree in folded.items() if tree or not variables[kind]}
+    left = tuple((p.norm, Left(getattr(calls.norms[p.norm], "activation", None), calls.seen[p.norm].dtype)) for p in pairs)
+    biased = tuple(sorted("/".join(key[:-1]) for key in made))
+    return FoldedLinen(model, freeze(folded) if isinstance(variables, FrozenDict) else folded, report, left, biased)
+
+
+def _split(path: str) -> Key:
+    return tuple(path.split("/")) if path else ()
+
+
+def _variables_of(variables: Any, path: str) -> dict[str, Any]:
+    """Of one module, of all collections."""
+    found: dict[str, Any] = {}
+    for tree in meta.unbox(variables).values():
+        for name in _split(path):
+            tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+        found |= tree
+    return found
+
+
+def _replaced(variables: Any, new: Mapping[Key, Any]) -> dict[str, Any]:
+    """A copy with other parameters, in the boxes of metadata that they are in."""
+
+    def one(path: Any, value: Any) -> Any:
+        key = key_of(path)
+        return new.get(key[1:], value) if key[0] == "params" else value
+
+    return dict(jax.tree_util.tree_map_with_path(one, unfreeze(variables) if isinstance(variables, FrozenDict) else dict(variables)))
+
+
+def _without(tree: Any, key: Key) -> Any:
+    """The tree without what lies there, and without what is empty then."""
+    if not key or not isinstance(tree, Mapping) or key[0] not in tree:
+        return tree if key else {}
+    inner = _without(tree[key[0]], key[1:])
+    rest = {name: entry for name, entry in tree.items() if name != key[0]}
+    return rest | {key[0]: inner} if inner else rest
+
+
+def _new_bias(owners: Mapping[str, Any], layer: Layer, direction: str) -> Layer | None:
+    owner: Any = owners.get("/".join(map(str, layer.kernel[:-1])))
+    if type(owner) not in _LAYERS or layer.kernel[-1] != "kernel" or owner.use_bias:
+        return None
+    kept = einsum_order(owner.einsum_str, layer.kept) if type(owner) is nn.Einsum else layer.kept
+    return None if kept is None else with_bias(layer, (*layer.kernel[:-1], "bias"), kept, direction)
