@@ -17,6 +17,7 @@ from jnorm import tools
 from refusals import refuses
 
 ESTIMATORS = ("pooled", "mean")
+DECAY = 0.5  # of "exponential"
 SIZES = (5, 2, 9, 1, 4)
 FEATURES = 3
 
@@ -30,16 +31,18 @@ def step(state, x, **options):
     return jnorm.batch_norm(x, state, **{"momentum": 0.9, **options})[1]
 
 
-def truth(batches, estimator, masks=None):
-    """From the formulas, in float64: all values at once, or the averages of what each batch gives. -> {"mean", "var"}"""
+def truth(batches, estimator, masks=None, weights=None):
+    """From the formulas, in float64: all values at once, or the averages of what each batch gives, by weight. -> {"mean", "var"}"""
     masks = [oracles.full_mask(m, b.shape) for m, b in zip(masks or [None] * len(batches), batches, strict=True)]
     columns = [[b[..., c][m[..., c]].astype(np.float64) for b, m in zip(batches, masks, strict=True)] for c in range(FEATURES)]
     columns = [[v for v in column if v.size] for column in columns]
     if estimator == "pooled":
         whole = [np.concatenate(column) for column in columns]
         return {"mean": np.array([v.mean() for v in whole]), "var": np.array([v.var() for v in whole])}
-    bessel = [[v.var(ddof=1) if v.size > 1 else 0.0 for v in column] for column in columns]
-    return {"mean": np.array([np.mean([v.mean() for v in column]) for column in columns]), "var": np.array([np.mean(v) for v in bessel])}
+    ddof = int(estimator == "mean")
+    spread = [[v.var(ddof=ddof) if v.size > ddof else 0.0 for v in column] for column in columns]
+    average = lambda of_batches: np.average(of_batches, weights=weights)  # noqa: E731
+    return {"mean": np.array([average([v.mean() for v in column]) for column in columns]), "var": np.array([average(v) for v in spread])}
 
 
 def check(state, want, batches):
@@ -292,12 +295,15 @@ NORMS = {  # class -> the function on a batch, its state, and what its module is
 
 def truth_of(name, batches, estimator):
     """In float64; what the norm takes for a batch is cut out first, and an instance norm's samples are averaged whatever the estimator."""
+    weights = [DECAY ** (len(batches) - i) if estimator == "exponential" else 1 for i in range(len(batches))]
     if name == "TrackedInstanceNorm":
         samples, correction = np.concatenate(batches).astype(np.float64), int(estimator == "mean")
-        return {"mean": samples.mean(1).mean(0), "var": samples.var(1, ddof=correction).mean(0)}
+        weights = np.repeat(weights, [len(b) for b in batches])
+        return {k: np.average(v, 0, weights) for k, v in (("mean", samples.mean(1)), ("var", samples.var(1, ddof=correction)))}
     if name == "GhostBatchNorm":
+        weights = np.repeat(weights, [len(b) // GROUP for b in batches])
         batches = [b[i : i + GROUP] for b in batches for i in range(0, len(b), GROUP)]
-    want = truth(batches, estimator)
+    want = truth(batches, estimator, weights=weights)
     if name == "BatchRenorm":
         want["std"] = np.sqrt(want.pop("var") + EPSILON)
     return {"mean": want["mean"]} if name == "MeanOnlyBatchNorm" else want

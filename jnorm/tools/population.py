@@ -134,5 +134,6 @@ def saw_something(state: Any) -> bool:
 
 def nothing_collected(where: str = "") -> str:
     return (
-        f"nothing was collected{where}: the step must run the model in training mode (use_running_average=False) and return the new state."
+        f"nothing was collected{where}: the step must run the model in training mode (use_running_average=False) and return the new state. "
+        "The norms of Flax collect nothing; those of jnorm in their place do."
     )
