@@ -1,5 +1,12 @@
 """Norms and models of other libraries, to jnorm and back: `jnorm.tools.convert`, which is imported by its own name."""
 
+from ._equinox import as_equinox as as_equinox
+from ._equinox import of_equinox as of_equinox
+from ._haiku import HaikuNorm as HaikuNorm
+from ._haiku import as_haiku as as_haiku
+from ._haiku import of_haiku as of_haiku
+from ._keras import as_keras as as_keras
+from ._keras import of_keras as of_keras
 from ._models import load_torch as load_torch
 from ._models import load_torch_linen as load_torch_linen
 from ._models import to_torch as to_torch
@@ -10,4 +17,21 @@ from ._norm import of_nnx as of_nnx
 from ._torch import as_torch as as_torch
 from ._torch import of_torch as of_torch
 
-__all__ = ["Norm", "as_torch", "load_torch", "load_torch_linen", "of_linen", "of_nnx", "of_torch", "to_torch", "to_torch_linen"]
+__all__ = [
+    "HaikuNorm",
+    "Norm",
+    "as_equinox",
+    "as_haiku",
+    "as_keras",
+    "as_torch",
+    "load_torch",
+    "load_torch_linen",
+    "of_equinox",
+    "of_haiku",
+    "of_keras",
+    "of_linen",
+    "of_nnx",
+    "of_torch",
+    "to_torch",
+    "to_torch_linen",
+]

@@ -1,0 +1,170 @@
+"""Equinox's norms."""
+
+import importlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ._haiku import count_of, steps_of
+from ._norm import Norm
+
+_PARAMS = (("scale", "weight"), ("bias", "bias"))
+
+
+def import_equinox() -> Any:
+    try:
+        return importlib.import_module("equinox")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Equinox is not installed: pip install equinox.", name="equinox") from error
+
+
+def of_equinox(layer: Any, state: Any = None, *, channels_last: bool = True) -> Norm:
+    """The norm that a layer of Equinox is. Its x is one sample, here it is the batch.
+
+    Momentum is the fraction of the OLD value, as here, and the variance is biased, whatever Equinox's docstring says. A BatchNorm of
+    mode="batch" is debiased by its number of steps k: here the mean is hidden / (1 - momentum^k), and the count
+    (1 - momentum^k) / (1 - momentum). The values are copied.
+
+    Args:
+      layer: BatchNorm, GroupNorm, LayerNorm or RMSNorm of `equinox.nn`.
+      state: the `equinox.nn.State` of the model, for a BatchNorm.
+      channels_last: x here has its channels last, as Flax's layers give it, not first in each sample as in Equinox. LayerNorm and RMSNorm
+        normalize all axes of a sample, of the layer's shape, either way.
+
+    Returns:
+      The norm. It does what the layer does under `vmap` over the batch.
+
+    Raises:
+      ValueError: another layer; a BatchNorm without its state; one of mode="ema", which normalizes with running statistics in training
+        too, unless `equinox.nn.inference_mode` made it one for evaluation; an RMSNorm whose bias is not 0.
+
+    Numerics:
+      Equinox starts the hidden variance of mode="batch" at 1 and debiases it as if it had been 0, so that after k steps momentum^k / (1 -
+      momentum^k) is added to the average of the variances, 99 after the first step with momentum=0.99. It is carried over and fades here
+      as there. A layer that has made no step is converted without it.
+
+    Example:
+      >>> import pytest
+      >>> eqx = pytest.importorskip("equinox")
+      >>> from jnorm.tools import convert
+      >>> layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, axis_name="batch", mode="batch")
+      >>> norm = convert.of_equinox(layer, state)
+      >>> norm.kind, norm.momentum, norm.count
+      ('BatchNorm', 0.99, 0.0)
+    """
+    kind = type(layer).__name__
+    if kind not in ("BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"):
+        raise ValueError(f"{kind} is no norm of Equinox that has a counterpart in convert.Norm.")
+    values = {ours: None if (a := getattr(layer, theirs)) is None else np.array(a) for ours, theirs in _PARAMS}
+    channel = (-1,) if channels_last else (1,)
+    if kind == "BatchNorm":
+        return Norm(kind=kind, shape=(layer.input_size,), feature_axes=channel, **_running(layer, state), **values)
+    if kind == "GroupNorm":
+        shape = (layer.channels,) if layer.channels is not None else (0,)
+        return Norm(kind=kind, shape=shape, epsilon=layer.eps, num_groups=layer.groups, feature_axes=channel, **values)
+    if kind == "RMSNorm":
+        if values["bias"] is not None and values["bias"].any():
+            raise ValueError("this RMSNorm adds a bias that is not 0, and jnorm's has none: set it to None, and add it after.")
+        values["bias"] = None
+    axes = tuple(range(-len(layer.shape), 0))
+    return Norm(kind=kind, shape=tuple(layer.shape), epsilon=layer.eps, feature_axes=axes, reduction_axes=axes, **values)
+
+
+def _running(layer: Any, state: Any) -> dict[str, Any]:
+    if state is None:
+        raise ValueError("a BatchNorm of Equinox has its running statistics in an equinox.nn.State: pass the model's as state.")
+    shared = {"epsilon": layer.eps, "momentum": layer.momentum}
+    if layer.mode == "batch":
+        steps = int(state.get(layer.batch_counter))
+        mean, var = (np.asarray(a) for a in state.get(layer.batch_state_index))
+        rest = 1 - layer.momentum**steps if steps else 1
+        averages = [(a.astype(np.float64) / rest).astype(a.dtype) for a in (mean, var)]
+        return {"mean": averages[0], "var": averages[1], "count": count_of(steps, layer.momentum), **shared}
+    if not layer.inference:
+        raise ValueError(
+            "a BatchNorm of mode='ema' normalizes with the running statistics in training too, which no norm of jnorm does: convert "
+            "equinox.nn.inference_mode(model) for evaluation, or train one of mode='batch'."
+        )
+    if bool(state.get(layer.ema_first_time_index)):
+        raise ValueError("this BatchNorm of mode='ema' has seen no batch: its running statistics are uninitialized memory.")
+    mean, var = (np.array(a) for a in state.get(layer.ema_state_index))
+    return {"mean": mean, "var": var, **shared}
+
+
+def as_equinox(norm: Norm, *, axis_name: Any = "batch") -> tuple[Any, Any]:
+    """The layer of Equinox that a norm is, for one sample under `vmap`, and its state. Channels come first in a sample.
+
+    Args:
+      norm: of :func:`of_equinox`, :func:`of_nnx` or :func:`of_linen`, or made by hand.
+      axis_name: of the `vmap` over the batch, of a BatchNorm.
+
+    Returns:
+      The layer, and an `equinox.nn.State`, or None for layers that have none. A BatchNorm is of mode="batch"; an average that is not
+      debiased gets a counter so large that nothing is left to debias. Where the norm has one of scale and bias, and Equinox's class both
+      or none, the other is 1 or 0.
+
+    Raises:
+      ValueError: what Equinox's class cannot do: an unbiased running variance, a cumulative average, a fused activation, other axes, a
+        count that is of no whole number of steps.
+
+    Example:
+      >>> import pytest
+      >>> eqx = pytest.importorskip("equinox")
+      >>> from jnorm.tools import convert
+      >>> layer, state = convert.as_equinox(convert.Norm(kind="GroupNorm", shape=(4,), num_groups=2, epsilon=1e-3))
+      >>> layer.groups, layer.eps, layer.weight, state
+      (2, 0.001, None, None)
+    """
+    eqx = import_equinox()
+    if norm.activation is not None:
+        raise ValueError("Equinox's norms have no activation: put it after, and pass dataclasses.replace(norm, activation=None).")
+    has = norm.scale is not None or norm.bias is not None
+    if norm.kind == "BatchNorm":
+        _check_channel(norm)
+        return _batch_norm(eqx, norm, axis_name, has)
+    if norm.kind in ("GroupNorm", "InstanceNorm"):
+        _check_channel(norm)
+        if norm.reduction_axes is not None:
+            raise ValueError(f"Equinox's GroupNorm reduces all of a sample, this norm has reduction_axes={norm.reduction_axes}.")
+        groups = norm.num_groups if norm.kind == "GroupNorm" else norm.shape[0]
+        return _with_values(eqx, eqx.nn.GroupNorm(groups, norm.shape[0], norm.epsilon, has), norm), None
+    trailing = tuple(range(-len(norm.shape), 0))
+    if norm.kind not in ("LayerNorm", "RMSNorm") or norm.feature_axes != trailing or norm.reduction_axes not in (None, trailing):
+        raise ValueError(
+            f"Equinox's norms normalize all of a sample, of the shape of their weight; this {norm.kind} has "
+            f"reduction_axes={norm.reduction_axes} and feature_axes={norm.feature_axes}."
+        )
+    layer = getattr(eqx.nn, norm.kind)(norm.shape, norm.epsilon, use_weight=norm.scale is not None, use_bias=norm.bias is not None)
+    return _with_values(eqx, layer, norm), None
+
+
+def _check_channel(norm: Norm) -> None:
+    if len(norm.shape) != 1:
+        raise ValueError(f"Equinox's norms of channels have one axis of them, got feature_axes={norm.feature_axes}.")
+
+
+def _with_values(eqx: Any, layer: Any, norm: Norm) -> Any:
+    """Arrays in place of those of the layer, in their own dtypes, where the layer has any."""
+    dtypes = [a.dtype for a in (norm.scale, norm.bias) if a is not None]
+    for ours, theirs in _PARAMS:
+        there, value = getattr(layer, theirs), getattr(norm, ours)
+        if there is not None:
+            new = jnp.asarray(value) if value is not None else there.astype(dtypes[0])
+            layer = eqx.tree_at(lambda one, theirs=theirs: getattr(one, theirs), layer, new)
+    return layer
+
+
+def _batch_norm(eqx: Any, norm: Norm, axis_name: Any, has: bool) -> tuple[Any, Any]:
+    if norm.running_var_correction:
+        raise ValueError(
+            f"Equinox's running variance is biased, that of this norm has running_var_correction={norm.running_var_correction}: pass "
+            "dataclasses.replace(norm, running_var_correction=0), which changes further training only."
+        )
+    steps = steps_of(norm.count, norm.momentum, "Equinox's BatchNorm")
+    make = eqx.nn.make_with_state(eqx.nn.BatchNorm)
+    layer, state = make(norm.shape[0], axis_name, norm.epsilon, has, momentum=norm.momentum, mode="batch")
+    rest = 1 - norm.momentum**steps if steps else 1
+    hidden = tuple(jnp.asarray(np.asarray(a, np.float64) * rest, jnp.float32) for a in (norm.mean, norm.var))
+    state = state.set(layer.batch_state_index, hidden).set(layer.batch_counter, jnp.asarray(steps, state.get(layer.batch_counter).dtype))
+    return _with_values(eqx, layer, norm), state

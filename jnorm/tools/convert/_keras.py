@@ -1,0 +1,165 @@
+"""Keras's norms, of Keras 3, with any of its backends."""
+
+import importlib
+import math
+from typing import Any
+
+import numpy as np
+
+from ._norm import Norm
+
+_NAMES = {
+    "BatchNormalization": {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
+    "LayerNormalization": {"scale": "gamma", "bias": "beta"},
+    "GroupNormalization": {"scale": "gamma", "bias": "beta"},
+    "RMSNormalization": {"scale": "scale"},
+}
+
+
+def import_keras() -> Any:
+    try:
+        return importlib.import_module("keras")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Keras is not installed: pip install keras.", name="keras") from error
+
+
+def array_of(variable: Any) -> np.ndarray:
+    """A variable of Keras as an array of NumPy; bfloat16 stays bfloat16."""
+    value = variable.value if hasattr(variable, "value") else variable
+    if hasattr(value, "detach"):  # PyTorch is the backend
+        value = value.detach().cpu()
+        value = value.float().numpy().astype(str(variable.dtype)) if "bfloat16" in str(value.dtype) else value.numpy()
+    return np.array(value)
+
+
+def of_keras(layer: Any) -> Norm:
+    """The norm that a layer of Keras is, with its values and with what its weights do not tell.
+
+    Momentum is the fraction of the OLD value, as here, epsilon is 1e-3 unless told otherwise, and the moving variance is biased. The
+    values are copied.
+
+    Args:
+      layer: BatchNormalization, LayerNormalization, GroupNormalization or RMSNormalization, built.
+
+    Returns:
+      The norm. GroupNormalization with one channel in a group (`groups=-1`) is the "GroupNorm" that it is in Keras too. That a layer is
+      frozen with `trainable=False` is not carried over: :func:`jnorm.tools.freeze`.
+
+    Raises:
+      ValueError: another layer, or one that was not built; `renorm=True`, whose layer keeps two averages of each statistic; the
+        deprecated `rms_scaling=True`; RMSNormalization over axes that are not the last, whose scale Keras lays along the last ones.
+
+    Example:
+      >>> import pytest
+      >>> keras = pytest.importorskip("keras")
+      >>> from jnorm.tools import convert
+      >>> layer = keras.layers.BatchNormalization(momentum=0.9)
+      >>> layer.build((None, 8, 8, 4))
+      >>> norm = convert.of_keras(layer)
+      >>> norm.momentum, norm.epsilon, norm.var.tolist()
+      (0.9, 0.001, [1.0, 1.0, 1.0, 1.0])
+    """
+    name = type(layer).__name__
+    if name not in _NAMES:
+        raise ValueError(f"{name} is no norm of Keras that has a counterpart in convert.Norm; those are {list(_NAMES)}.")
+    if not layer.built:
+        raise ValueError(f"{layer.name!r} ({name}) is not built: call it once, or build it with the shape of its input.")
+    for option, why in (("renorm", "keeps two averages of each statistic"), ("rms_scaling", "divides by the variance's root")):
+        if getattr(layer, option, False):
+            raise ValueError(f"{layer.name!r} ({name}) has {option}=True, which {why}: there is no such norm here.")
+    arrays = {ours: None if (v := getattr(layer, theirs, None)) is None else array_of(v) for ours, theirs in _NAMES[name].items()}
+    if name == "BatchNormalization":
+        shape = arrays["mean"].shape
+        return Norm(kind="BatchNorm", shape=shape, epsilon=layer.epsilon, momentum=layer.momentum, feature_axes=(layer.axis,), **arrays)
+    input_shape = tuple(layer.get_build_config()["input_shape"])
+    if name == "GroupNormalization":
+        shape, axis = (input_shape[layer.axis],), (layer.axis,)
+        return Norm(kind="GroupNorm", shape=shape, epsilon=layer.epsilon, num_groups=layer.groups, feature_axes=axis, **arrays)
+    axes = tuple(layer.axis) if isinstance(layer.axis, list | tuple) else (layer.axis,)
+    from_last = tuple(sorted(a % len(input_shape) - len(input_shape) for a in axes))
+    if name == "RMSNormalization" and from_last != tuple(range(-len(axes), 0)):
+        raise ValueError(f"{layer.name!r} (RMSNormalization) has axis={axes}, but Keras lays the scale along the last axes.")
+    shape = tuple(input_shape[a] for a in from_last)
+    arrays = {key: None if a is None else a.reshape(shape) for key, a in arrays.items()}
+    kind = "LayerNorm" if name == "LayerNormalization" else "RMSNorm"
+    return Norm(kind=kind, shape=shape, epsilon=layer.epsilon, feature_axes=from_last, reduction_axes=from_last, **arrays)
+
+
+def as_keras(norm: Norm, *, ndim: int = 4, name: str | None = None) -> Any:
+    """The layer of Keras that a norm is, built and with its values.
+
+    Args:
+      norm: of :func:`of_keras`, :func:`of_nnx` or :func:`of_linen`, or made by hand.
+      ndim: the number of axes of x.
+      name: of the layer.
+
+    Returns:
+      The layer.
+
+    Raises:
+      ValueError: what Keras's class cannot do: an unbiased running variance, a debiased or cumulative average, a fused activation, other
+        axes. The error says with which `dataclasses.replace` that is given up, which keeps evaluation as it is.
+
+    Example:
+      >>> import pytest
+      >>> keras = pytest.importorskip("keras")
+      >>> from jnorm.tools import convert
+      >>> layer = convert.as_keras(convert.Norm(kind="InstanceNorm", shape=(4,)))
+      >>> type(layer).__name__, layer.groups, layer.gamma
+      ('GroupNormalization', 4, None)
+    """
+    keras = import_keras()
+    if norm.activation is not None:
+        raise ValueError("Keras's norms have no activation: put it after, and pass dataclasses.replace(norm, activation=None).")
+    options: dict[str, Any] = {"epsilon": norm.epsilon, "name": name}
+    if norm.kind != "RMSNorm":
+        options |= {"scale": norm.scale is not None, "center": norm.bias is not None}
+    if norm.kind in ("BatchNorm", "GroupNorm", "InstanceNorm"):
+        if len(norm.shape) != 1:
+            raise ValueError(f"Keras's {norm.kind} has one axis of features, got feature_axes={norm.feature_axes}.")
+        options["axis"] = norm.feature_axes[0]
+    if norm.kind == "BatchNorm":
+        layer = keras.layers.BatchNormalization(momentum=_momentum(norm), **options)
+    elif norm.kind in ("GroupNorm", "InstanceNorm"):
+        if norm.reduction_axes is not None:
+            raise ValueError(f"Keras's GroupNormalization reduces all but the batch, got reduction_axes={norm.reduction_axes}.")
+        layer = keras.layers.GroupNormalization(groups=norm.num_groups or math.prod(norm.shape), **options)
+    elif norm.kind in ("LayerNorm", "RMSNorm"):
+        layer = getattr(keras.layers, f"{norm.kind}alization")(axis=_row_axes(norm, ndim), **options)
+    else:
+        raise ValueError(f"Keras has no {norm.kind}.")
+    input_shape: list[int | None] = [None] * ndim
+    for axis, size in zip(norm.feature_axes, norm.shape, strict=True):
+        input_shape[axis] = size
+    layer.build(tuple(input_shape))
+    for ours, theirs in _NAMES[type(layer).__name__].items():
+        variable, value = getattr(layer, theirs, None), getattr(norm, ours)
+        if variable is not None and value is not None:
+            variable.assign(value.reshape(variable.shape))
+    return layer
+
+
+def _row_axes(norm: Norm, ndim: int) -> list[int]:
+    features, reduced = (sorted(a % ndim for a in axes) for axes in (norm.feature_axes, norm.reduction_axes or norm.feature_axes))
+    if features != reduced:
+        raise ValueError(
+            f"Keras's {norm.kind} has its scale along the axes that it reduces, got {norm.reduction_axes}, {norm.feature_axes}."
+        )
+    if norm.kind == "RMSNorm" and (norm.scale is None or features != list(range(ndim - len(features), ndim))):
+        raise ValueError("Keras's RMSNormalization has a scale, along the last axes: give this norm one of ones, or other axes.")
+    return features
+
+
+def _momentum(norm: Norm) -> float:
+    if norm.running_var_correction:
+        raise ValueError(
+            f"Keras's moving variance is biased, that of this norm has running_var_correction={norm.running_var_correction}: pass "
+            "dataclasses.replace(norm, running_var_correction=0), which changes further training only."
+        )
+    limit = math.inf if norm.momentum in (None, 1) else 1 / (1 - norm.momentum)
+    if norm.momentum is None or (norm.count is not None and not np.isclose(norm.count, limit, rtol=1e-3)):
+        raise ValueError(
+            "Keras's average is neither cumulative nor debiased, and the count of this norm has not come to its limit: pass "
+            "dataclasses.replace(norm, count=None, momentum=…), which changes further training only."
+        )
+    return norm.momentum
