@@ -227,7 +227,7 @@ def _written(found: Model, rename: Rename, layers: Layers | None, flattened: Fla
 
 def _tensors_of(found: Model, pair: Pair) -> dict[str, Any]:
     values = [np.asarray(v.get_value() if isinstance(v, nnx.Variable) else v) for v in (found.variables[path] for path in pair.entry.ours)]
-    return {key: tensor_of(np.ascontiguousarray(a)) for key, a in zip(pair.keys, pair.entry.to_theirs(*values), strict=True)}
+    return {key: tensor_of(np.array(a, order="C")) for key, a in zip(pair.keys, pair.entry.to_theirs(*values), strict=True)}
 
 
 def _is_module(source: Any) -> bool:
@@ -252,6 +252,6 @@ def _state_and_names(
 
 def _like(value: np.ndarray, old: Any) -> jax.Array:
     """In the dtype of the old value, and over the devices that it is over, where those are several."""
-    array = jnp.asarray(np.ascontiguousarray(value).astype(old.dtype))
+    array = jnp.asarray(np.array(value, old.dtype, order="C"))
     sharding = getattr(old, "sharding", None)
     return jax.device_put(array, sharding) if sharding is not None and len(sharding.device_set) > 1 else array
