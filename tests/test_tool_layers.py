@@ -24,6 +24,8 @@ PATHS = ["norm", "encoder/0/norm", "encoder/10/norm", "head/norm_2"]
         ("encoder", PATHS[1:3]),
         ("encoder/1*", ["encoder/10/norm"]),
         ("encoder/1", None),
+        ("*/[02]*", PATHS[1:2]),
+        ("e*r", PATHS[1:3]),
         (["head", "norm"], ["norm", "head/norm_2"]),
         (lambda path: path.endswith("2"), ["head/norm_2"]),
         (["norm", "tail"], None),

@@ -37,7 +37,7 @@ def chosen(paths: Iterable[str], layers: Layers | None, what: str = "norms") -> 
 
     Args:
       paths: of all that there is.
-      layers: a pattern, in which "*" stands for anything, or a path that others lie under; several of them; a function from path to
+      layers: a pattern, in which "*" stands for anything, of them or of what they lie under; several of them; a function from path to
         bool; or None, for all.
       what: what they are paths of, for the error.
 
@@ -56,7 +56,8 @@ def chosen(paths: Iterable[str], layers: Layers | None, what: str = "norms") -> 
 
 
 def _matches(path: str, pattern: str) -> bool:
-    return fnmatchcase(path, pattern) or path.startswith(pattern.rstrip("/") + "/")
+    above = pattern.rstrip("/") + "/"
+    return fnmatchcase(path, pattern) or fnmatchcase(path, above + "*") or path.startswith(above)
 
 
 # --- States in a tree of variables ----------------------------------------------------------------------------------------------
