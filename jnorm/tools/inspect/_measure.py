@@ -23,6 +23,7 @@ class Signs(NamedTuple):
     wider: float = 0.0  # the fraction of channels whose running variance is the larger one
     within: float = np.inf  # the divergence of the running variance from the mean variance within the batches
     explained: float = 0.0  # how much of the difference is a part of the initial values
+    noise: float = 0.0  # what the noise is at least
 
 
 def measure(
@@ -66,13 +67,15 @@ def measure(
         "constant": _which(constant, there),
         "below_epsilon": _which(divides & (alone < epsilon) & ~constant, there),
     } | _of_scale(scale, len(there))
-    weight = count > 0
-    within = np.where(weight, var_each, 0).sum(0) / weight.sum(0)
+    within = np.maximum(_within(count > 0, var_each), TINY)
+    freedom = max((len(count) - 1) * len(distance), 1)
     signs = Signs(
         off=int(np.sum((divergence > CHANNEL) & (divergence > (SURE + 2 * np.log(len(distance))) * kl_noise))),
         of_means=float(np.mean(0.5 * distance**2 / ratio)),
         wider=float(np.mean(ratio > 1)),
-        within=float(_divergence(var / np.maximum(within, TINY), 0).mean()) if divides else np.inf,
+        within=float(_divergence(var / within, 0).mean()) if divides else np.inf,
+        # By two standard errors of a sum of squares; what independent values have is sure.
+        noise=max(noise / (1 + 2 * np.sqrt(2 / freedom)), 1 / samples) ** 0.5 if divides else 0.0,
     )
     if "count" not in state:
         initial, explained = _initial(stored, found.pooled, there)
@@ -98,7 +101,7 @@ def _divergence(ratio: np.ndarray, squared_distance: Any) -> np.ndarray:
 
 
 def _noise(count: np.ndarray, mean_each: np.ndarray, var_each: np.ndarray, var: np.ndarray, divides: bool) -> tuple[float, float]:
-    """The variances of one batch's mean, in units of `var`, and of the logarithm of its variance: the averages over channels.
+    """The variances of one batch's mean and variance, in units of the variance and its square: the averages over channels.
 
     From how far the batches lie apart, but no less than of independent values; of a single batch as of independent values.
     """
@@ -111,26 +114,38 @@ def _noise(count: np.ndarray, mean_each: np.ndarray, var_each: np.ndarray, var: 
         return np.where(there, abs(apart) ** 2, 0).sum(0) / np.maximum(number - 1, 1)
 
     of_mean = between(mean_each) / var
-    of_var = between(np.log(np.maximum(var_each, TINY))) * divides
-    # A channel that does not vary within a batch has no noise to tell.
+    of_var = between(var_each) / np.maximum(_within(there, var_each), TINY) ** 2
     return max(float(of_mean.mean()), least), max(float(of_var.mean()), 2 * least * divides)
 
 
+def _within(there: np.ndarray, var_each: np.ndarray) -> np.ndarray:
+    """The average of the batches' variances."""
+    return np.where(there, var_each, 0).sum(0) / there.sum(0)
+
+
 def _initial(stored: Mapping[str, np.ndarray], pooled: Mapping[str, np.ndarray], there: np.ndarray) -> tuple[float, float]:
-    """w of: stored = w·initial + (1 − w)·pooled, by least squares over channels and averages; and how much of the difference that is."""
-    towards, difference = [], []
+    """w of: stored = w·initial + (1 − w)·pooled, by least squares over channels and averages; and how well it does.
+
+    That is, how much of the distance to either of the two it explains, the lesser of both: statistics of other data, which happen to have a
+    mean near 0 and a variance near 1, are not on the way from there to the batches' ones.
+    """
+    lines: list[tuple[np.ndarray, np.ndarray]] = []
     second = next((key for key in ("var", "std") if key in stored), None)
     wide = 1.0 if second is None else np.sqrt(1 + abs(pooled[second][there]) ** (2 if second == "std" else 1))
     for key, start in (("mean", 0.0), *(((second, 1.0),) if second else ())):
         unit = wide if key != "var" else wide**2  # of the same size, whichever of the two is large
-        towards.append((start - pooled[key][there]) / unit)
-        difference.append((stored[key][there] - pooled[key][there]) / unit)
-    x, y = np.concatenate(towards), np.concatenate(difference)
-    length, total = float(np.vdot(x, x).real), float(np.vdot(y, y).real)
-    if length < TINY or total < TINY:
+        lines.append(((start - pooled[key][there]) / unit, (stored[key][there] - pooled[key][there]) / unit))
+    whole, part = (np.concatenate(a) for a in zip(*lines, strict=True))
+    length = _squared(whole)
+    if length < TINY:
         return 0.0, 0.0
-    w = float(np.vdot(x, y).real) / length
-    return w, 1 - float(np.sum(abs(y - w * x) ** 2)) / total
+    w = float(np.vdot(whole, part).real) / length
+    left = _squared(part - w * whole)
+    return w, 1 - max(left / max(_squared(a), TINY) for a in (part, whole - part))
+
+
+def _squared(a: np.ndarray) -> float:
+    return float(np.vdot(a, a).real)
 
 
 def _magnitude(scale: np.ndarray | None, channels: int) -> np.ndarray:

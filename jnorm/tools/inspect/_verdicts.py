@@ -17,7 +17,7 @@ RECALIBRATE = "recalibrate (jnorm.tools.recalibrate)"
 
 
 def findings(layer: LayerReport, signs: Signs, losses: Losses | None) -> tuple[Finding, ...]:
-    found = [_not_finite(layer), _diverges(layer, signs, losses), _noisy(layer), *_channels(layer), _sensitive(layer, signs, losses)]
+    found = [_not_finite(layer), _diverges(layer, signs, losses), _noisy(layer, signs), *_channels(layer), _sensitive(layer, signs, losses)]
     return tuple(finding for finding in found if finding is not None)
 
 
@@ -61,13 +61,14 @@ def _cause(layer: LayerReport, signs: Signs) -> _Cause:
             f"; {layer.initial:.0%} of them is still what they started as: too few steps for this momentum{memory}",
             f"{RECALIBRATE}; in training a smaller momentum, or track_count=True, which takes the initial values out",
         )
-    if signs.within < (1 - CAUSE) * layer.kl:
+    of_variances = signs.of_means < (1 - CAUSE) * layer.kl
+    if of_variances and signs.within < (1 - CAUSE) * layer.kl:
         return _Cause(
             "small batches",
             "; they are the average within batches, and lack what lies between batches",
             f"{RECALIBRATE} with the pooled estimator; in training larger batches (axis_name, larger groups), or shuffled ones",
         )
-    if signs.of_means < (1 - CAUSE) * layer.kl and signs.wider > CAUSE:
+    if of_variances and signs.wider > CAUSE:
         return _Cause(
             "noise in training",
             "; the means agree, and nearly all of the running variances are larger: training has noise that these batches are without",
@@ -80,8 +81,8 @@ def _cause(layer: LayerReport, signs: Signs) -> _Cause:
     )
 
 
-def _noisy(layer: LayerReport) -> Finding | None:
-    if layer.noise is None or layer.noise <= NOISY or layer.frozen:
+def _noisy(layer: LayerReport, signs: Signs) -> Finding | None:
+    if layer.noise is None or signs.noise <= NOISY or layer.frozen:
         return None
     text = f"the mean of one batch is off by {layer.noise:.2f} standard deviations, as that of {1 / layer.noise**2:.1f} independent values"
     if layer.samples is not None and layer.samples * layer.noise**2 > 4:
