@@ -166,5 +166,6 @@ def _batch_norm(eqx: Any, norm: Norm, axis_name: Any, has: bool) -> tuple[Any, A
     layer, state = make(norm.shape[0], axis_name, norm.epsilon, has, momentum=norm.momentum, mode="batch")
     rest = 1 - norm.momentum**steps if steps else 1
     hidden = tuple(jnp.asarray(np.asarray(a, np.float64) * rest, jnp.float32) for a in (norm.mean, norm.var))
-    state = state.set(layer.batch_state_index, hidden).set(layer.batch_counter, jnp.asarray(steps, state.get(layer.batch_counter).dtype))
+    counter = state.get(layer.batch_counter) + steps  # of its type, a weak one
+    state = state.set(layer.batch_counter, counter).set(layer.batch_state_index, hidden)
     return _with_values(eqx, layer, norm), state
