@@ -44,7 +44,7 @@ class Linen(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         for name, (_, _, options) in NORMS.items():
-            layer = [nn.Dense(FEATURES, use_bias=False)] * (name == WRAPPER)
+            layer = [nn.Dense(FEATURES, use_bias=False, name="layer")] if name == WRAPPER else []
             getattr(jnn, name)(*layer, use_running_average=not train, name=name, **options)(x)
 
 
@@ -63,8 +63,7 @@ def linen():
     """The step of the collection, and the collection."""
     net = Linen()
     variables = net.init(jax.random.key(0), jnp.zeros((2, 2, FEATURES)), train=True)
-    params = variables["params"]
-    params = {**params, WRAPPER: {**params[WRAPPER], "layer_instance": {"kernel": jnp.eye(FEATURES)}}}
+    params = {**variables["params"], "layer": {"kernel": jnp.eye(FEATURES)}}
 
     def step(stats, x):
         return net.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]
