@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._match import some
+from ._norm import Norm
 from ._torch import of_torch
 from ._trees import NORMS, Layer, Model
 
@@ -52,22 +53,30 @@ def _problems(model: Model, source: Any, name: Callable[[str], str], paths: set[
 
 
 def _norm_problems(layer: Layer, theirs: Any, set_too: bool) -> list[str]:
-    ours, kind = layer.module, type(layer.module).__name__
+    kind = type(layer.module).__name__
     try:
         norm = of_torch(theirs, ndim=3)
     except ValueError as error:
         return [str(error)]
     if norm.kind == "LayerNorm" and norm.reduction_axes and 0 in norm.reduction_axes:
         return [f"{type(theirs).__name__} without running statistics uses those of the batch always, {kind} does not"]
+    return problems_of(layer, norm, type(theirs).__name__, set_too)
+
+
+def problems_of(layer: Layer, norm: Norm, theirs: str, set_too: bool) -> list[str]:
+    """Where a norm of the model does otherwise than that of the source, a `theirs`; what can be set is."""
+    ours, kind = layer.module, type(layer.module).__name__
     if kind not in _NORMS_OF[norm.kind]:
-        return [f"{kind} here, {type(theirs).__name__} there"]
+        return [f"{kind} here, {theirs} there"]
     wanted: dict[str, Any] = {"epsilon": norm.epsilon}
     if norm.runs:
         if norm.momentum is None and not hasattr(ours, "track_count"):
             return [f"momentum=None is the cumulative average, which {type(ours).__module__.split('.')[0]}'s {kind} does not have"]
         if norm.momentum is None and not ours.track_count:
             return ["momentum=None is the cumulative average, which needs track_count=True"]
-        wanted |= {"momentum": norm.momentum, "running_var_correction": norm.running_var_correction}
+        wanted["momentum"] = norm.momentum
+        if norm.running_var_correction or hasattr(ours, "running_var_correction"):  # Flax's is 0
+            wanted["running_var_correction"] = norm.running_var_correction
     if norm.kind == "GroupNorm" and ours.num_groups != norm.num_groups:
         return [f"num_groups is {ours.num_groups} here, {norm.num_groups} there"]
     problems = []
