@@ -242,6 +242,13 @@ class WeightStandardization(nnx.Module):
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The layer's output, with standardized weights."""
+        return call_with_params(self.layer_instance, self._standardized(), x, *args, **kwargs)
+
+    def fold(self) -> Any:
+        """The layer alone, with the weights that are used in place of its own: a copy, that gives the same output."""
+        return with_params(self.layer_instance, self._standardized(), copy=True)
+
+    def _standardized(self) -> dict[Path, jax.Array]:
         weights = {}
         for path, w, scale, features in weights_of(self):
             with errors_of(self, path):
@@ -255,7 +262,7 @@ class WeightStandardization(nnx.Module):
                     fan_in=self.fan_in,
                     dtype=y_dtype(self, w, affine=(scale,)),
                 )
-        return call_with_params(self.layer_instance, weights, x, *args, **kwargs)
+        return weights
 
 
 @final
@@ -329,6 +336,11 @@ class SpectralNorm(nnx.Module):
         update = not self.use_running_average if update_stats is None else update_stats
         weights = {path: self._normalized(path, w[...], update) for path, w in self._matrices()}
         return call_with_params(self.layer_instance, weights, x, **kwargs)
+
+    def fold(self) -> Any:
+        """The layer alone, with the weights that evaluation uses in place of its own: a copy, that gives the same output."""
+        weights = {path: self._normalized(path, w[...], False) for path, w in self._matrices()}
+        return with_params(self.layer_instance, weights, copy=True)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What `flax.nnx.view` sets.

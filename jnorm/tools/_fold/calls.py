@@ -19,6 +19,7 @@ from .steps import KeptError
 AFFINE = (
     "BatchNorm",
     "BatchRenorm",
+    "CrossIterationBatchNorm",
     "CrossMiniBatchNorm",
     "FeatureStandardization",
     "GhostBatchNorm",
@@ -26,7 +27,6 @@ AFFINE = (
     "TrackedInstanceNorm",
 )
 _OTHERS = {
-    "CrossIterationBatchNorm": "it has its layer inside; its evaluation is that of a layer and a BatchNorm",
     "DivisiveBatchNorm": "it divides by what it finds around each value",
     "EvalNorm": "a sample's own statistics enter its evaluation",
 }
@@ -81,11 +81,16 @@ class Calls:
             self.reasons[path] = f"it is called with {' and '.join(sorted(options))}"
         elif _updates(norm, given):
             self.reasons[path] = "its running statistics move in this call"
-        marked = mark(x, path, "in")
-        out = call(marked, *args[1:], **kwargs) if args else call(**{**kwargs, name: marked})
-        axes = norm.axis if hasattr(norm, "axis") else norm.feature_axes
+        if has_layer(norm):
+            # What it does after its layer is told apart; the rest of its own way there is used by nothing.
+            dtype, x = call(*args, **kwargs).dtype, norm.layer_instance(x)
+            out = mark(x, path, "in").astype(dtype)
+        else:
+            marked = mark(x, path, "in")
+            out = call(marked, *args[1:], **kwargs) if args else call(**{**kwargs, name: marked})
+        axes = norm.axis if hasattr(norm, "axis") else getattr(norm, "feature_axes", -1)
         features = tuple(sorted({int(a) % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}))
-        alone = getattr(norm, "activation", None) is None and given.get("residual") is None
+        alone = getattr(norm, "activation", None) is None and given.get("residual") is None and not has_layer(norm)
         self.seen[path] = Call(x.shape, features, out.dtype, alone)
         return mark(out, path, "out")
 
@@ -111,6 +116,11 @@ class Calls:
         return self.seen[path]
 
 
+def has_layer(norm: Any) -> bool:
+    """Whether it calls the layer before it itself."""
+    return type(norm).__name__ == "CrossIterationBatchNorm"
+
+
 def _has(norm: Any, key: str) -> bool:
     return norm.has_variable("batch_stats", key) if hasattr(norm, "has_variable") else hasattr(norm, key)
 
@@ -132,10 +142,11 @@ def state_of(norm: Any, variables: dict[str, Any]) -> dict[str, Any]:
 def finished(x: Any, bias: Any, residual: Any, activation: Any, dtype: Any) -> jax.Array:
     """What stays of a norm that was folded into the layer before it."""
     x = jnp.asarray(x)
+    others = [jnp.asarray(other) for other in (bias, residual) if other is not None]
     with jax.numpy_dtype_promotion("standard"):
-        wide = jnp.result_type(x.dtype, jnp.float32 if not (bias is None and residual is None) else x.dtype)
-        for other in (bias, residual):
-            x = x if other is None else x.astype(wide) + jnp.asarray(other).astype(wide)
+        wide = jnp.result_type(x.dtype, jnp.float32) if others else x.dtype
+    for other in others:
+        x = x.astype(wide) + other.reshape((1,) * (x.ndim - other.ndim) + other.shape).astype(wide)
     if callable(activation):
         return cast(jax.Array, activation(x.astype(dtype)))
     return activate(activation, x).astype(dtype)

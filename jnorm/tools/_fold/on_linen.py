@@ -6,16 +6,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
 from ... import linen as jnn
 from .._layers import NORMS_LINEN, Layers, chosen, none_of
-from .calls import Calls, finished
+from .calls import Calls, finished, has_layer
 from .plan import Key, einsum_order, folded_values, key_of, plan, trace, with_bias
 from .report import Report
 from .walks import Layer
 
 _CLASSES = (*NORMS_LINEN, jnn.FeatureStandardization)
+_WRAPPERS = (jnn.SpectralNorm, jnn.WeightNorm, jnn.WeightStandardization)
 _LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 
 
@@ -25,6 +27,7 @@ class Left:
 
     activation: Any
     dtype: Any
+    has_layer: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ class FoldedLinen:
       report: what became of each norm; its text is a table.
       left: of each folded norm, by path, what it still does.
       biased: paths of the layers that got a bias.
+      plain: paths of wrappers whose layers have the weights that are used.
     """
 
     model: nn.Module
@@ -46,6 +50,7 @@ class FoldedLinen:
     report: Report
     left: tuple[tuple[str, Left], ...]
     biased: tuple[str, ...]
+    plain: tuple[str, ...]
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """`model.apply` with the folded variables.
@@ -65,19 +70,27 @@ class FoldedLinen:
                 return call(*args, **kwargs)
             if path in left:
                 return _finished(module, left[path], *args, **kwargs)
+            if path in self.plain:
+                return _unwrapped(module, args, kwargs)
             return _with_bias(module, call, args, kwargs) if path in self.biased else call(*args, **kwargs)
 
         with nn.intercept_methods(intercept):
             return self.model.apply(self.variables, *args, **kwargs)
 
 
-jax.tree_util.register_dataclass(FoldedLinen, data_fields=["variables"], meta_fields=["model", "report", "left", "biased"])
+jax.tree_util.register_dataclass(FoldedLinen, data_fields=["variables"], meta_fields=["model", "report", "left", "biased", "plain"])
 
 
-def _finished(module: nn.Module, left: Left, x: Any, *args: Any, residual: Any = None, **kwargs: Any) -> jax.Array:
+def _finished(module: Any, left: Left, x: Any, *args: Any, residual: Any = None, **kwargs: Any) -> jax.Array:
     del args, kwargs
+    x = module.layer_instance(x) if left.has_layer else x
     bias = module.get_variable("params", "bias") if module.has_variable("params", "bias") else None
     return finished(x, bias, residual, left.activation, left.dtype)
+
+
+def _unwrapped(module: Any, args: Any, kwargs: Any) -> Any:
+    """The call of the layer in a wrapper, without the wrapper."""
+    return module.layer_instance(*args, **{key: v for key, v in kwargs.items() if key != "update_stats"})
 
 
 def _with_bias(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -91,12 +104,15 @@ def _with_bias(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: A
 
 def fold_linen(model: nn.Module, variables: Any, args: tuple, kwargs: dict, layers: Layers | None) -> FoldedLinen:
     """:func:`jnorm.tools.fold` of a Linen model."""
-    calls, owners = Calls("pass train=False, or whatever the model calls it"), {}
+    calls, owners, wrappers = Calls("pass train=False, or whatever the model calls it"), {}, {}
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module, path = context.module, "/".join(context.module.path)
         if context.method_name != "__call__":
             return call(*args, **kwargs)
+        if isinstance(module, _WRAPPERS):
+            wrappers[path] = module.layer_instance.path
+            return _unwrapped(module, args, kwargs)
         if isinstance(module, _LAYERS):
             owners[path] = module.clone(parent=None)
         if isinstance(module, _CLASSES) and calls.note(path, module.clone(parent=None)):
@@ -110,6 +126,7 @@ def fold_linen(model: nn.Module, variables: Any, args: tuple, kwargs: dict, laye
     graph = trace(run, variables, args, kwargs, lambda key: key[1:] if key[0] == "params" else None)
     if not calls.norms:
         raise ValueError(none_of(_CLASSES))
+    given, variables = variables, plain_variables(model, variables, args, kwargs, wrappers) if wrappers else variables
     pairs, report = plan(graph, calls, chosen(calls.norms, layers), lambda layer, way: _new_bias(owners, layer, way))
     values = {key_of(path): a for path, a in jax.tree_util.tree_leaves_with_path(variables["params"])}
     new, shifts = folded_values(values, pairs, calls, {p.norm: _variables_of(variables, p.norm) for p in pairs})
@@ -119,14 +136,63 @@ def fold_linen(model: nn.Module, variables: Any, args: tuple, kwargs: dict, laye
         folded = {kind: _without(tree, _split(pair.norm)) for kind, tree in folded.items()}
     added = {key: new[key] for key in made} | {(*_split(path), "bias"): shift for path, shift in shifts.items()}
     for key, value in added.items():
-        node = folded["params"]
+        node: Any = folded["params"]
         for name in key[:-1]:
             node = node.setdefault(name, {})
         node[key[-1]] = value
-    folded = {kind: tree for kind, tree in folded.items() if tree or not variables[kind]}
-    left = tuple((p.norm, Left(getattr(calls.norms[p.norm], "activation", None), calls.seen[p.norm].dtype)) for p in pairs)
+    folded = {kind: tree for kind, tree in folded.items() if tree or not given[kind]}
+    left = tuple((p.norm, _left(calls, p.norm)) for p in pairs)
     biased = tuple(sorted("/".join(key[:-1]) for key in made))
-    return FoldedLinen(model, freeze(folded) if isinstance(variables, FrozenDict) else folded, report, left, biased)
+    folded = freeze(folded) if isinstance(given, FrozenDict) else folded
+    return FoldedLinen(model, folded, report, left, biased, tuple(sorted(wrappers)))
+
+
+def _left(calls: Calls, path: str) -> Left:
+    norm = calls.norms[path]
+    return Left(getattr(norm, "activation", None), calls.seen[path].dtype, has_layer(norm))
+
+
+def plain_variables(model: nn.Module, variables: Any, args: tuple, kwargs: dict, wrappers: Mapping[str, Key]) -> dict[str, Any]:
+    """With the weights that wrapped layers are called with in place of what the wrappers make them of.
+
+    Args:
+      model: with wrappers of weights in it.
+      variables: its.
+      args: of its call.
+      kwargs: likewise.
+      wrappers: from the path of each to that of its layer.
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    zeros = [jnp.zeros(a.shape, a.dtype) if hasattr(a, "shape") and not jnp.issubdtype(a.dtype, jax.dtypes.extended) else a for a in leaves]
+    some_args, some_kwargs = jax.tree.unflatten(structure, zeros)
+
+    def used(variables: Any) -> dict[Key, jax.Array]:
+        seen: dict[Key, jax.Array] = {}
+
+        def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            module = context.module
+            if context.method_name == "__call__" and module.path in wrappers.values() and not isinstance(module, _WRAPPERS):
+                params = jax.tree_util.tree_leaves_with_path(module.variables["params"])
+                seen.update({(*module.path, *key_of(path)): a for path, a in params})
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(intercept):
+            model.apply(variables, *some_args, mutable=True, **some_kwargs)
+        return seen
+
+    plain = _replaced(variables, jax.jit(used)(variables))
+    for path, layer in wrappers.items():
+        for kind, tree in plain.items():
+            own = [name for name in _at(tree, _split(path)) if name.startswith(f"{layer[-1]}/")]
+            for name in own:
+                plain[kind] = _without(plain[kind], (*_split(path), name))
+    return plain
+
+
+def _at(tree: Any, key: Key) -> Any:
+    for name in key:
+        tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+    return tree
 
 
 def _split(path: str) -> Key:
@@ -137,9 +203,7 @@ def _variables_of(variables: Any, path: str) -> dict[str, Any]:
     """Of one module, of all collections."""
     found: dict[str, Any] = {}
     for tree in meta.unbox(variables).values():
-        for name in _split(path):
-            tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
-        found |= tree
+        found |= _at(tree, _split(path))
     return found
 
 
