@@ -85,7 +85,7 @@ def load_torch(
     values = read(found, pairs_of(found, name, flattened), state, paths, ignore)
     for path, value in values.items():
         variable = at(new, found.keys[path])
-        variable.set_value(_like(value, variable.get_value()))
+        variable.set_value(like(value, variable.get_value()))
     return new
 
 
@@ -143,7 +143,7 @@ def load_torch_linen(
 
     def one(path: Any, leaf: Any) -> Any:
         keys = tuple(getattr(entry, "key", None) for entry in path)
-        return meta.replace_boxed(leaf, _like(by_keys[keys], meta.unbox(leaf))) if keys in by_keys else leaf
+        return meta.replace_boxed(leaf, like(by_keys[keys], meta.unbox(leaf))) if keys in by_keys else leaf
 
     return jax.tree_util.tree_map_with_path(one, variables, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
 
@@ -250,7 +250,7 @@ def _state_and_names(
     return state, lambda path: names.get(path, path.replace("/", "."))
 
 
-def _like(value: np.ndarray, old: Any) -> jax.Array:
+def like(value: np.ndarray, old: Any) -> jax.Array:
     """In the dtype of the old value, and over the devices that it is over, where those are several."""
     array = jnp.asarray(np.array(value, old.dtype, order="C"))
     sharding = getattr(old, "sharding", None)
