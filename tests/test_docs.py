@@ -19,7 +19,9 @@ import jnorm
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md") if "_build" not in p.relative_to(DOCS).parts)
-MODULES = ["jnorm", "jnorm.reparam", "jnorm.linen", "jnorm.nnx", "jnorm.tools", "jnorm.typing"]
+MODULES = ["jnorm", "jnorm.reparam", "jnorm.linen", "jnorm.nnx", "jnorm.tools", "jnorm.tools.convert", "jnorm.typing"]
+# What a page needs that not every environment has.
+OPTIONAL = ("torch", "keras", "haiku", "equinox")
 
 
 def text_of(page):
@@ -48,7 +50,23 @@ def differ(a, b):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p))])
 def test_code_runs(page):
+    skip_without_packages(page)
     run(page)
+
+
+def skip_without_packages(page):
+    for name in OPTIONAL:
+        if any(re.search(rf"^(import|from) {name}\b", code, re.M) for _, code in blocks(page)):
+            pytest.importorskip(name)
+
+
+def test_porting():
+    skip_without_packages("guide/porting.md")
+    names = run("guide/porting.md")
+    # Two layers of sums of at most 128 numbers of order one.
+    assert names["difference"] < 128 * 2**-24
+    assert "Missing: 'head.weight' (of head; like 'fc.weight'" in names["told"]
+    assert names["again"].momentum == pytest.approx(0.2)
 
 
 def test_guides_have_code():
@@ -135,6 +153,13 @@ def test_accumulation_prints_what_the_page_says():
         assert line in printed and line in text_of("guide/accumulation.md"), line
     # Of MultiSteps, commit once in both styles, ghost batches, several norms and devices; of the exact gradient and state.
     assert printed.count("True") == 6 and "True True" in printed and len(printed) == 13
+
+
+def test_fine_tuning_prints_what_the_page_says():
+    printed = run("guide/fine_tuning.md")["printed"]
+    said = re.findall(r"^print\(.*# ((?:True|False)[ TrueFals]*)", text_of("guide/fine_tuning.md"), re.M)
+    assert said == [line for line in printed if line.startswith(("True", "False"))]
+    assert printed[4] == "{'bias': False, 'scale': False} {'bias': True, 'scale': True}" and len(printed) == 12
 
 
 def test_weights_start_from_data_and_fold():

@@ -45,6 +45,8 @@ NORMS = {
     "divisive_batch_norm": ("DivisiveBatchNorm", {"sigma": 0.7}, False),
 }
 ROWS = pairwise.covering(NORMS, APIS, SWITCHES, MODES, allowed=lambda norm, api, *_: (norm, api) != ("eval_norm", "function"))
+# The first have every value of each, and most pairs.
+ROWS = [pytest.param(*row, marks=[pytest.mark.slow] * (i >= 20)) for i, row in enumerate(ROWS)]
 
 
 def inputs(seed=0):

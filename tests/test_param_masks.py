@@ -141,11 +141,20 @@ def test_refusals():
     assert tools.weight_decay_mask(params) == {"kernel": True, "bias": False}
 
 
-def decayed(optimizer, params):
-    """What a step with gradients of zero changes."""
+def stepped(optimizer, params, gradients):
+    """The parameters after one step."""
+
+    @jax.jit
+    def step(params, gradients):
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        return optax.apply_updates(params, updates)
+
     with standard:
-        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    return {path for path in paths_of(params) if abs(flat(updates)[path]).max() > 0}
+        return step(params, gradients)
+
+
+def moved(before, after):
+    return {path for path, old in flat(before).items() if not np.array_equal(old, flat(after)[path])}
 
 
 def flat(tree):
@@ -153,33 +162,27 @@ def flat(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in leaves}
 
 
+def drawn(rng):
+    return models.with_values(of_linen(models.Transformer(jnn), SEQUENCE, train=True), rng)
+
+
 def test_weight_decay_of_optax(rng):
-    params = models.with_values(of_linen(models.Transformer(jnn), SEQUENCE, train=True), rng)
-    want = true_paths(tools.weight_decay_mask(params))
-    assert decayed(optax.adamw(1e-2, weight_decay=0.1, mask=tools.weight_decay_mask), params) == want
-    assert decayed(optax.adamw(1e-2, weight_decay=0.1, mask=tools.weight_decay_mask(params)), params) == want
-    assert decayed(optax.adamw(1e-2, weight_decay=0.1), params) > want
+    """What gradients of zero move."""
+    params = drawn(rng)
+    zeros, want = jax.tree.map(np.zeros_like, params), true_paths(tools.weight_decay_mask(params))
+    for mask, moves in ((tools.weight_decay_mask, want), (tools.weight_decay_mask(params), want), (None, paths_of(params))):
+        assert moved(params, stepped(optax.adamw(1e-2, weight_decay=0.1, mask=mask), params, zeros)) == moves
 
 
 def test_what_is_frozen_does_not_move_and_has_no_moments(rng):
-    params = models.with_values(of_linen(models.Transformer(jnn), SEQUENCE, train=True), rng)
-    mask = tools.frozen_param_mask(params, "LayerNorm_*")
-    for optimizer in (
-        optax.multi_transform({False: optax.adamw(1e-2, weight_decay=0.1), True: optax.set_to_zero()}, mask),
-        optax.chain(optax.adamw(1e-2, weight_decay=0.1), optax.masked(optax.set_to_zero(), mask)),
-    ):
-        with standard:
-            updates, state = optimizer.update(params, optimizer.init(params), params)
-        new = flat(optax.apply_updates(params, updates))
-        same = {path for path, old in flat(params).items() if np.array_equal(old, new[path])}
-        assert same == true_paths(mask)
-        if optimizer.init(params).__class__.__name__ == "PartitionState":
-            moments = [leaf for leaf in jax.tree.leaves(state) if jnp.ndim(leaf)]
-            assert len(moments) == 2 * (len(flat(params)) - len(same))
-
-
-def values(model):
-    return flat(nnx.as_pure(nnx.state(model, nnx.Param)))
+    params = drawn(rng)
+    mask, trains = tools.frozen_param_mask(params, "LayerNorm_*"), optax.adamw(1e-2, weight_decay=0.1)
+    frozen = true_paths(mask)
+    parts = optax.multi_transform({False: trains, True: optax.set_to_zero()}, mask)
+    for optimizer in (parts, optax.chain(trains, optax.masked(optax.set_to_zero(), mask))):
+        assert moved(params, stepped(optimizer, params, params)) == paths_of(params) - frozen
+    moments = [a for a in jax.tree.leaves(jax.eval_shape(parts.init, params)) if a.ndim]
+    assert len(moments) == 2 * len(paths_of(params) - frozen)
 
 
 @pytest.mark.parametrize("given", ["function", "mask of the model"])
@@ -187,14 +190,23 @@ def test_the_optimizer_of_nnx(given):
     """Its parameters are Variables when it starts, and arrays when it steps."""
     model = models.NNXTransformer(jnx, nnx.Rngs(0))
     mask, frozen = tools.weight_decay_mask(model), tools.frozen_param_mask(model, "block")
-    before, gradients = values(model), nnx.state(model, nnx.Param)
-    decays = optax.adamw(1e-2, weight_decay=0.1, mask=tools.weight_decay_mask if given == "function" else mask)
-    with standard:
-        nnx.Optimizer(model, decays, wrt=nnx.Param).update(model, jax.tree.map(jnp.zeros_like, gradients))
-    after = values(model)
-    moved = {path for path, old in before.items() if not np.array_equal(old, after[path])}
-    assert moved == {path for path in true_paths(mask) if abs(before[path]).max() > 0}  # what is 0 has nothing to decay
-    some = optax.multi_transform({False: optax.sgd(0.1), True: optax.set_to_zero()}, frozen)
-    with standard:
-        nnx.Optimizer(model, some, wrt=nnx.Param).update(model, jax.tree.map(jnp.ones_like, gradients))
-    assert {path for path, new in values(model).items() if np.array_equal(after[path], new)} == true_paths(frozen)
+    decays = optax.add_decayed_weights(-0.1, mask=tools.weight_decay_mask if given == "function" else mask)
+    trains = optax.multi_transform({False: optax.sgd(0.1), True: optax.set_to_zero()}, frozen)
+
+    def params_of(model):
+        return nnx.as_pure(nnx.state(model, nnx.Param))
+
+    @nnx.jit
+    def step(model, gradient):
+        changed = []
+        for tx, g in ((decays, jax.tree.map(jnp.zeros_like, gradient)), (trains, gradient)):
+            before = params_of(model)
+            nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, g)
+            changed.append(jax.tree.map(lambda a, b: (a != b).any(), before, params_of(model)))
+        return changed
+
+    gradients = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    decayed, trained = ({path for path, leaf in flat(tree).items() if leaf} for tree in step(model, gradients))
+    start = flat(nnx.state(models.NNXTransformer(jnx, nnx.Rngs(0)), nnx.Param))
+    assert decayed == {path for path in true_paths(mask) if abs(start[path]).max() > 0}  # what is 0 has nothing to decay
+    assert trained == paths_of(gradients) - true_paths(frozen)
