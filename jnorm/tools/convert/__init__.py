@@ -2,11 +2,14 @@
 
 from ._equinox import as_equinox as as_equinox
 from ._equinox import of_equinox as of_equinox
+from ._equinox import weights_of_equinox as weights_of_equinox
 from ._haiku import HaikuNorm as HaikuNorm
 from ._haiku import as_haiku as as_haiku
 from ._haiku import of_haiku as of_haiku
+from ._haiku_models import weights_of_haiku as weights_of_haiku
 from ._keras import as_keras as as_keras
 from ._keras import of_keras as of_keras
+from ._keras import weights_of_keras as weights_of_keras
 from ._models import load_torch as load_torch
 from ._models import load_torch_linen as load_torch_linen
 from ._models import to_torch as to_torch
@@ -14,16 +17,22 @@ from ._models import to_torch_linen as to_torch_linen
 from ._norm import Norm as Norm
 from ._norm import of_linen as of_linen
 from ._norm import of_nnx as of_nnx
+from ._source import Weights as Weights
 from ._torch import as_torch as as_torch
 from ._torch import of_torch as of_torch
+from ._weights import load as load
+from ._weights import load_linen as load_linen
 
 __all__ = [
     "HaikuNorm",
     "Norm",
+    "Weights",
     "as_equinox",
     "as_haiku",
     "as_keras",
     "as_torch",
+    "load",
+    "load_linen",
     "load_torch",
     "load_torch_linen",
     "of_equinox",
@@ -34,4 +43,7 @@ __all__ = [
     "of_torch",
     "to_torch",
     "to_torch_linen",
+    "weights_of_equinox",
+    "weights_of_haiku",
+    "weights_of_keras",
 ]

@@ -3,11 +3,13 @@
 import importlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ._haiku import count_of, steps_of
 from ._norm import Norm
+from ._source import Weights, dotted, no_weights, note, note_norm
 
 _PARAMS = (("scale", "weight"), ("bias", "bias"))
 
@@ -169,3 +171,92 @@ def _batch_norm(eqx: Any, norm: Norm, axis_name: Any, has: bool) -> tuple[Any, A
     counter = state.get(layer.batch_counter) + steps  # of its type, a weak one
     state = state.set(layer.batch_counter, counter).set(layer.batch_state_index, hidden)
     return _with_values(eqx, layer, norm), state
+
+
+# --- Models ---------------------------------------------------------------------------------------------------------------------------
+
+
+def weights_of_equinox(model: Any, state: Any = None, *, channels_last: bool = True) -> Weights:
+    """The weights of an Equinox model, by the paths of its layers, for :func:`load` and :func:`load_linen`.
+
+    Linear, Conv, Embedding, MultiheadAttention, the norms of :func:`of_equinox`, WeightNorm and SpectralNorm around one of the former, and
+    modules, lists, tuples and dicts of these. Other arrays are there as they are, by their paths.
+
+    Args:
+      model: any `equinox.Module`.
+      state: its `equinox.nn.State`, where it has one.
+      channels_last: as of :func:`of_equinox`.
+
+    Returns:
+      Arrays by "path.to.layer.variable", and the norms with their hyperparameters.
+
+    Raises:
+      ValueError: as :func:`of_equinox`, with the layer's path.
+
+    Numerics:
+      Equinox's SpectralNorm takes the half-steps of the power iteration in the other order and none in evaluation, so that the estimates
+      of the largest singular value differ until they have converged, and with them the outputs; a plain layer gets the kernel that
+      Equinox's evaluation uses.
+
+    Example:
+      >>> import pytest
+      >>> eqx = pytest.importorskip("equinox")
+      >>> import jax
+      >>> from jnorm.tools import convert
+      >>> model = eqx.nn.Sequential([eqx.nn.Linear(3, 4, key=jax.random.key(0)), eqx.nn.LayerNorm(4)])
+      >>> sorted(convert.weights_of_equinox(model).values)
+      ['layers.0.bias', 'layers.0.kernel', 'layers.1.bias', 'layers.1.scale']
+    """
+    weights = no_weights()
+    _walk(weights, model, "", state, channels_last)
+    if not weights.values:
+        raise ValueError(f"{type(model).__name__} has no arrays.")
+    return weights
+
+
+def _walk(weights: Weights, node: Any, name: str, state: Any, channels_last: bool) -> None:
+    kind, own = type(node).__name__, type(node).__module__.startswith("equinox.nn")
+    if own and kind in ("BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"):
+        try:
+            note_norm(weights, name, of_equinox(node, state, channels_last=channels_last))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    elif own and kind in ("WeightNorm", "SpectralNorm") and node.weight_name == "weight":
+        _wrapped(weights, node, name, state)
+    elif own and kind == "MultiheadAttention":
+        for ours, theirs in {"query": "query_proj", "key": "key_proj", "value": "value_proj", "out": "output_proj"}.items():
+            note(weights, dotted(name, ours), _plain(getattr(node, theirs)))
+    elif own and (kind == "Linear" or (kind.startswith("Conv") and "Transpose" not in kind) or kind == "Embedding"):
+        note(weights, name, _plain(node))
+    elif hasattr(node, "__dataclass_fields__") or isinstance(node, list | tuple | dict):
+        items = enumerate(node) if isinstance(node, list | tuple) else node.items() if isinstance(node, dict) else vars(node).items()
+        for key, child in items:
+            if type(child).__name__ != "StateIndex":
+                _walk(weights, child, dotted(name, str(key)), state, channels_last)
+    elif isinstance(node, jax.Array | np.ndarray):
+        weights.values[name] = np.array(node)
+
+
+def _plain(layer: Any) -> dict[str, np.ndarray | None]:
+    """In Flax's layout."""
+    weight, bias = np.array(layer.weight), None if (b := getattr(layer, "bias", None)) is None else np.array(b).ravel()
+    if type(layer).__name__ == "Embedding":
+        return {"embedding": weight}
+    return {"kernel": weight.transpose(*range(2, weight.ndim), 1, 0), "bias": bias}
+
+
+def _wrapped(weights: Weights, node: Any, name: str, state: Any) -> None:
+    arrays = _plain(node.layer)
+    kernel, weight = arrays["kernel"], np.asarray(node.layer.weight, np.float64)
+    if type(node).__name__ == "WeightNorm":
+        beside = {"kernel_scale": np.array(node.g).ravel()}
+        rest = None if node.axis is None else tuple(a for a in range(weight.ndim) if a != node.axis % weight.ndim)
+        used = weight * np.asarray(node.g, np.float64) / np.sqrt((weight**2).sum(rest, keepdims=True))
+    else:
+        if state is None:
+            raise ValueError(f"{name}: a SpectralNorm of Equinox has its vectors in an equinox.nn.State: pass the model's as state.")
+        u, v = (np.asarray(a) for a in state.get(node.uv_index))
+        sigma = u.astype(np.float64) @ weight.reshape(len(weight), -1) @ v
+        beside, used = {"kernel_u": u, "kernel_sigma": np.asarray(sigma, u.dtype).reshape(1)}, weight / sigma
+    note(weights, name, {**arrays, **beside})
+    weights.plain[dotted(name, "kernel")] = used.transpose(*range(2, weight.ndim), 1, 0).astype(kernel.dtype)

@@ -144,7 +144,7 @@ def _batch_norm(name: str, values: dict, state: Tree, decay: float | None, eps: 
     decay = _needed(decay, "decay_rate", "BatchNorm")
     emas = {ours: _entry(state, f"{name}/~/{theirs}", ("hidden", "average", "counter")) for ours, theirs in _EMA}
     for ours, ema in emas.items():
-        _check_debiased(name, ours, ema, decay)
+        check_debiased(name, ours, ema, decay)
     mean = np.asarray(emas["mean"]["average"])
     ndim = mean.ndim
     reduced = None if axis is None else {a % ndim for a in _axes(axis, ndim)}
@@ -191,7 +191,7 @@ def steps_of(count: float | None, momentum: float | None, name: str) -> int:
     return steps
 
 
-def _check_debiased(name: str, what: str, ema: Mapping[str, Any], decay: float) -> None:
+def check_debiased(name: str, what: str, ema: Mapping[str, Any], decay: float) -> None:
     """A wrong decay_rate shows here, and so does an average that was changed without what it is made from."""
     steps, hidden, average = int(ema["counter"]), np.asarray(ema["hidden"]), np.asarray(ema["average"])
     eps = float(np.finfo(average.dtype).eps) if average.dtype.kind == "f" else 2.0**-7  # bfloat16
@@ -201,8 +201,8 @@ def _check_debiased(name: str, what: str, ema: Mapping[str, Any], decay: float) 
     hidden, average = hidden.astype(np.float64), average.astype(np.float64)
     if (abs(average * (1 - left) - hidden) > rounding * abs(hidden) + 1e-30).any():
         raise ValueError(
-            f"the {what} of {name!r} has an average that is not hidden / (1 - {decay:g}**{steps}): decay_rate is another, or one of the "
-            "two was set by hand."
+            f"the {what} of {name!r} has an average that is not hidden / (1 - {decay:g}**{steps}): decay_rate, the momentum "
+            "here, is another, or one of the two was set by hand."
         )
 
 

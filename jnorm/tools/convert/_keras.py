@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ._norm import Norm
+from ._source import Weights, dotted, no_weights, note, note_norm
 
 _NAMES = {
     "BatchNormalization": {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
@@ -163,3 +164,80 @@ def _momentum(norm: Norm) -> float:
             "dataclasses.replace(norm, count=None, momentum=…), which changes further training only."
         )
     return norm.momentum
+
+
+# --- Models ---------------------------------------------------------------------------------------------------------------------------
+
+_ATTENTION = {"query": "_query_dense", "key": "_key_dense", "value": "_value_dense", "out": "_output_dense"}
+
+
+def weights_of_keras(model: Any) -> Weights:
+    """The weights of a Keras model, by the names of its layers, for :func:`load` and :func:`load_linen`.
+
+    Dense, Conv1D, 2D and 3D, DepthwiseConv, Embedding, MultiHeadAttention, the norms of :func:`of_keras`, SpectralNormalization around one
+    of the former, and models and layers of these. What else has weights is there under its own names, which :func:`load` lists as left.
+
+    Args:
+      model: a `keras.Model`, sequential, functional or of your own, or one layer; built.
+
+    Returns:
+      Arrays by "layer.variable", where a layer in a layer is "outer.inner", and the norms with their hyperparameters.
+
+    Raises:
+      ValueError: as :func:`of_keras`, with the layer's name.
+
+    Numerics:
+      Keras's SpectralNormalization overwrites the kernel with the normalized one in each training call, and evaluation uses it as it is:
+      a plain layer here gives the same output. Around jnorm's `SpectralNorm` training goes on alike: until an optimizer moves it, the
+      kernel here is the one there but for a factor that the division takes away.
+
+    Example:
+      >>> import pytest
+      >>> keras = pytest.importorskip("keras")
+      >>> from jnorm.tools import convert
+      >>> layers = [keras.layers.Dense(4, name="up"), keras.layers.LayerNormalization(name="norm")]
+      >>> model = keras.Sequential([keras.Input((3,)), *layers])
+      >>> sorted(convert.weights_of_keras(model).values)
+      ['norm.bias', 'norm.scale', 'up.bias', 'up.kernel']
+    """
+    weights = no_weights()
+    single = type(model).__name__ in (*_NAMES, "SpectralNormalization", "MultiHeadAttention") or not _inner(model)
+    for layer in [model] if single else _inner(model):
+        _note_layer(weights, layer, "")
+    if not weights.values:
+        raise ValueError(f"{type(model).__name__} has no weights: build it, or call it once.")
+    return weights
+
+
+def _inner(layer: Any) -> list[Any]:
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def _note_layer(weights: Weights, layer: Any, prefix: str) -> None:
+    name, kind = dotted(prefix, layer.name), type(layer).__name__
+    if kind in _NAMES:
+        note_norm(weights, name, of_keras(layer))
+    elif kind == "SpectralNormalization":
+        _note_plain(weights, layer.layer, name)
+        u = array_of(layer.vector_u)
+        note(weights, name, {"kernel_u": u.ravel(), "kernel_sigma": np.ones(1, u.dtype)})
+        weights.plain[dotted(name, "kernel")] = weights.values[dotted(name, "kernel")]
+    elif kind == "MultiHeadAttention":
+        for ours, theirs in _ATTENTION.items():
+            part = getattr(layer, theirs)
+            kernel, bias = array_of(part.kernel), None if part.bias is None else array_of(part.bias).ravel()
+            matrix = kernel.reshape(-1, kernel.shape[-1]) if ours == "out" else kernel.reshape(len(kernel), -1)
+            note(weights, dotted(name, ours), {"kernel": matrix, "bias": bias})
+    elif _inner(layer):
+        for inner in _inner(layer):
+            _note_layer(weights, inner, name)
+    else:
+        _note_plain(weights, layer, name)
+
+
+def _note_plain(weights: Weights, layer: Any, name: str) -> None:
+    for variable in layer.weights:
+        key, value = variable.name, array_of(variable)
+        if type(layer).__name__.startswith("DepthwiseConv") and key == "kernel":
+            value = value.reshape(*value.shape[:-2], 1, -1)  # of as many groups as there are channels
+        note(weights, name, {"embedding" if key == "embeddings" else key: value})

@@ -1,0 +1,270 @@
+"""Models of Keras, Haiku and Equinox as weights by name, in the layouts of Flax, and models of NNX and Linen that are given them."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import nnx
+from flax.core import meta
+
+from .._layers import Layers
+from ._checks import problems_of
+from ._haiku import check_debiased, count_of
+from ._layouts import Arrays, Entry, bare_entry
+from ._match import MatchBy, Pair, Rename, names_by_order, read, renamer, selected, some
+from ._models import like
+from ._source import Weights, dotted
+from ._trees import ATTENTION, DENSE, NORMS, Layer, Model, at, join, of_linen_model, of_nnx_model
+
+_BESIDE = ("kernel_scale", "kernel_u", "kernel_sigma")
+
+
+# --- Loading --------------------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    model: nnx.Module,
+    weights: Weights,
+    *,
+    rename: Rename = None,
+    match: MatchBy = "name",
+    layers: Layers | None = None,
+    ignore: Iterable[str] = (),
+    flattened: Mapping[str, tuple[int, ...]] | None = None,
+) -> Any:
+    """An NNX model with the weights and statistics of a model of Keras, Haiku or Equinox that is built alike.
+
+    Layers that there are rules for: `Linear`, `Conv`, `Embed`, `MultiHeadAttention` of Flax, norms of Flax and jnorm, and jnorm's
+    `WeightNorm` and `SpectralNorm` around one of them. Parameters of your own modules are taken as they are.
+
+    Args:
+      model: gives the structure, the dtypes and the shardings. It stays as it is, and may be abstract (`nnx.eval_shape`).
+      weights: of :func:`weights_of_keras`, :func:`weights_of_haiku` or :func:`weights_of_equinox`.
+      rename: what the layers are called there: a dict of regular expressions and what to put in their place, or a function. Of paths such
+        as "layer1/0/conv1", in which the "layers" of an `nnx.Sequential` is left out.
+      match: "name", or "order": the layers of both in the order of their definition.
+      layers: only these, by path.
+      ignore: patterns of keys of the source that are left.
+      flattened: paths of dense layers whose features were flattened from (C, *positions) there, and are from (*positions, C) here, with
+        that shape.
+
+    Returns:
+      A new model. Epsilon and momentum of its norms are those of the source, where the source has them.
+
+    Raises:
+      ValueError: keys that are missing or left over, shapes that do not fit, all told at once; layers that there is no rule for; a norm
+        that does otherwise there; a debiased average that the norm here cannot go on with, which `track_count=True` lets it. For the
+        values alone pass `weights.without_options()`.
+
+    Example:
+      >>> import numpy as np
+      >>> from flax import nnx
+      >>> from jnorm.tools import convert
+      >>> weights = convert.weights_of_haiku({"net/~/linear": {"w": np.ones((3, 4)), "b": np.zeros(4)}})
+      >>> model = nnx.List([nnx.Linear(3, 4, rngs=nnx.Rngs(0))])
+      >>> float(convert.load(model, weights, rename={"^0$": "net/linear"})[0].kernel[0, 0])
+      1.0
+    """
+    found, new = of_nnx_model(model), nnx.clone(model)
+    keys = {id(module): keys for keys, module in nnx.iter_modules(model)}
+    found = found._replace(layers={p: layer._replace(module=at(new, keys[id(layer.module)])) for p, layer in found.layers.items()})
+    for path, value in _values(found, weights, rename, match, layers, ignore, flattened, set_too=True).items():
+        variable = at(new, found.keys[path])
+        variable.set_value(like(value, variable.get_value()))
+    return new
+
+
+def load_linen(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    weights: Weights,
+    *args: Any,
+    rename: Rename = None,
+    match: MatchBy = "name",
+    layers: Layers | None = None,
+    ignore: Iterable[str] = (),
+    flattened: Mapping[str, tuple[int, ...]] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The variables of a Linen model with the weights and statistics of a model of Keras, Haiku or Equinox that is built alike.
+
+    As :func:`load`. A Linen model is code: nothing in it can be set, so that an epsilon or momentum that is another is refused.
+
+    Args:
+      model: the Linen model.
+      variables: of the model, or `jax.eval_shape` of its `init`: they give the structure and the dtypes.
+      weights: see :func:`load`.
+      *args: of a call of the model, which is traced to find its layers.
+      rename: see :func:`load`; the paths are those of the variables, such as "Dense_0".
+      match: "name", or "order": layers in the order in which they are called here and defined there.
+      layers: only these, by path.
+      ignore: patterns of keys of the source that are left.
+      flattened: see :func:`load`.
+      **kwargs: of the call of the model.
+
+    Returns:
+      New variables: the tree that was given, its collections "params" and "batch_stats" with other values.
+
+    Raises:
+      ValueError: as :func:`load`.
+
+    Example:
+      >>> import numpy as np
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from jnorm.tools import convert
+      >>> weights = convert.weights_of_haiku({"linear": {"w": np.ones((3, 4)), "b": np.zeros(4)}})
+      >>> model, x = nn.Dense(4), jnp.ones((1, 3))
+      >>> variables = convert.load_linen(model, model.init(jax.random.key(0), x), weights, x, rename={"^$": "linear"})
+      >>> model.apply(variables, x).tolist()
+      [[3.0, 3.0, 3.0, 3.0]]
+    """
+    found = of_linen_model(model, variables, args, kwargs)
+    values = _values(found, weights, rename, match, layers, ignore, flattened, set_too=False)
+    by_keys = {found.keys[path]: value for path, value in values.items()}
+
+    def one(path: Any, leaf: Any) -> Any:
+        keys = tuple(getattr(entry, "key", None) for entry in path)
+        return meta.replace_boxed(leaf, like(by_keys[keys], meta.unbox(leaf))) if keys in by_keys else leaf
+
+    return jax.tree_util.tree_map_with_path(one, variables, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+
+
+def _values(
+    found: Model,
+    weights: Weights,
+    rename: Rename,
+    match: MatchBy,
+    layers: Layers | None,
+    ignore: Iterable[str],
+    flattened: Mapping[str, tuple[int, ...]] | None,
+    set_too: bool,
+) -> dict[str, np.ndarray]:
+    """The values of the model's variables, by path; hyperparameters are set, or compared."""
+    paths, shapes = selected(found, layers), dict(flattened or {})
+    if unknown := set(shapes) - set(found.layers):
+        raise ValueError(f"flattened has {sorted(unknown)}, but the layers are {some(list(found.layers))}.")
+    if match not in ("name", "order"):
+        raise ValueError(f'match must be "name" or "order", got {match!r}.')
+    if match == "order" and rename is not None:
+        raise ValueError('match="order" asks for no names: leave rename out.')
+    name = renamer(rename)
+    if match == "order":
+        by_order = names_by_order(found, _without_beside(weights, set()), _pairs(found, renamer(None), shapes), paths)
+        name = lambda path: by_order.get(path, path.replace("/", "."))  # noqa: E731
+    wrapped = {name(layer.name) for layer in found.layers.values() if layer.wrapper is not None}
+    values = read(found, _pairs(found, name, shapes), _without_beside(weights, wrapped), paths, ignore)
+    problems: list[str] = []
+    for path, layer in found.layers.items():
+        if path in paths and type(layer.module).__name__ in NORMS:
+            told, count = _options_of(layer, weights, name(layer.name), set_too)
+            problems += [f"{path}: {problem}" for problem in told]
+            if count is not None and (at_path := join(layer.prefix, "count")) in found.variables:
+                values[at_path] = np.asarray(count, np.float32)
+    if problems:
+        raise ValueError(
+            f"the model does not do what the source does: {some(problems)}. Build it so, or pass weights.without_options() for the values "
+            "alone."
+        )
+    return values
+
+
+def _without_beside(weights: Weights, wrapped: set[str]) -> dict[str, np.ndarray]:
+    """Kernels as they are used, but of layers that normalize theirs here too."""
+    state = dict(weights.values)
+    for key, plain in weights.plain.items():
+        layer = key.rpartition(".")[0]
+        if layer not in wrapped:
+            state[key] = plain
+            for beside in _BESIDE:
+                state.pop(dotted(layer, beside), None)
+    return state
+
+
+def _options_of(layer: Layer, weights: Weights, name: str, set_too: bool) -> tuple[list[str], float | None]:
+    """What the norm here does otherwise, and the count that its average goes on with."""
+    norm, module = weights.norms.get(name), layer.module
+    if norm is not None:
+        if type(module).__name__ == "InstanceNorm" and norm.kind == "GroupNorm" and norm.num_groups == math.prod(norm.shape):
+            norm = dataclasses.replace(norm, kind="InstanceNorm", num_groups=None)
+        if told := problems_of(layer, norm, norm.kind, set_too):
+            return told, None
+    momentum = getattr(module, "momentum", None)
+    for what in ("mean", "var"):
+        if momentum is not None and (ema := weights.debiased.get(dotted(name, what))) is not None:
+            check_debiased(name, what, ema, momentum)
+    count = count_of(weights.steps[name], momentum) if name in weights.steps and momentum is not None else norm.count if norm else None
+    if momentum is None or not 0 <= momentum < 1:
+        return [], count
+    if count is None:
+        return [], 1 / (1 - momentum)  # as an average that is not debiased goes on
+    if not getattr(module, "track_count", False) and 1 - count * (1 - momentum) > 2**-20:
+        told = f"the average is debiased, and its count of {count:g} has not come to the limit: the norm needs track_count=True"
+        return [told], None
+    return [], count
+
+
+# --- Entries --------------------------------------------------------------------------------------------------------------------------
+
+
+def _pairs(found: Model, name: Callable[[str], str], flattened: Mapping[str, tuple[int, ...]]) -> list[Pair]:
+    pairs = []
+    for path, layer in found.layers.items():
+        theirs = name(layer.name)
+        for variable, shape in _owned(found, layer):
+            entry = _entry(layer, variable, shape, flattened.get(path))
+            pairs.append(Pair(path, entry, tuple(dotted(theirs, key) for key in entry.theirs)))
+    for path, theirs in found.bare.items():
+        pairs.append(Pair(path, bare_entry(path), (name(theirs),)))
+    return pairs
+
+
+def _owned(found: Model, layer: Layer) -> list[tuple[str, tuple[int, ...]]]:
+    """A layer's variables, and those that its wrapper has beside. The count follows from others."""
+    prefixes = [join(layer.prefix, "")] if not layer.prefix else [f"{layer.prefix}/"]
+    prefixes += [f"{layer.beside}/"] if layer.wrapper is not None else []
+    owned = {path for path in found.variables if any(path.startswith(prefix) for prefix in prefixes)}
+    count = join(layer.prefix, "count")
+    return [(path, tuple(found.variables[path].shape)) for path in found.variables if path in owned and path != count]
+
+
+def _entry(layer: Layer, path: str, shape: tuple[int, ...], flattened: tuple[int, ...] | None) -> Entry:
+    kind, beside = type(layer.module).__name__, layer.wrapper is not None and not _inside(path, layer.prefix, layer.beside)
+    inner = path.removeprefix(f"{layer.beside if beside else layer.prefix}/")
+    key = _beside_key(inner) if beside else inner.replace("/", ".")
+    flat: tuple[int, ...] | None = None
+    if kind in NORMS or beside or (kind in ATTENTION and len(shape) < 3):
+        flat = (math.prod(shape),)
+    elif kind in ATTENTION:
+        flat = (math.prod(shape[:-1]), shape[-1]) if inner.startswith("out/") else (shape[0], math.prod(shape[1:]))
+    if kind in DENSE and inner == "kernel" and flattened is not None:
+        return _entry_of(path, key, lambda a: _rows(a, flattened, True), lambda a: _rows(a, flattened, False))
+    if flat is not None:
+        return _entry_of(path, key, lambda a: a.reshape(shape), lambda a: a.reshape(flat))
+    return _entry_of(path, key, lambda a: a, lambda a: a)
+
+
+def _inside(path: str, prefix: str, beside: str) -> bool:
+    """Whether a variable is the layer's own: where the wrapper's are under the same prefix they are deeper, or elsewhere."""
+    return path.startswith(f"{prefix}/") and not (beside.startswith(f"{prefix}/") and path.startswith(f"{beside}/"))
+
+
+def _beside_key(inner: str) -> str:
+    last = inner.rpartition("/")[2]
+    return f"kernel_{last}" if last in ("u", "sigma") else "kernel_scale"
+
+
+def _entry_of(path: str, key: str, there: Callable[..., np.ndarray], back: Callable[..., np.ndarray]) -> Entry:
+    def to_ours(a: np.ndarray) -> Arrays:
+        return (there(a),)
+
+    return Entry((path,), (key,), to_ours, lambda a: (back(a),))
+
+
+def _rows(kernel: np.ndarray, shape: tuple[int, ...], last: bool) -> np.ndarray:
+    """Of a kernel whose inputs were flattened from (C, *positions), or from (*positions, C)."""
+    there = shape if last else (*shape[1:], shape[0])
+    return np.moveaxis(kernel.reshape(*there, -1), 0 if last else -2, -2 if last else 0).reshape(kernel.shape)
