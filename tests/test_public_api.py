@@ -43,7 +43,7 @@ NORMS = [
 DIVIDES_BY_NOTHING = {"mean_only_batch_norm"}
 WITHOUT_STATISTICS = ["local_response_norm", "thresholded_linear_unit"]
 FUNCTIONS = [n for n in jnorm.__all__ if inspect.isfunction(getattr(jnorm, n))]
-TOOLS = [getattr(jnorm.tools, n) for n in jnorm.tools.__all__]
+TOOLS = [f for tools in (jnorm.tools, jnorm.tools.convert) for n in tools.__all__ if inspect.isfunction(f := getattr(tools, n))]
 REPARAMETRIZATIONS = [getattr(jnorm.reparam, n) for n in jnorm.reparam.__all__]
 CLASSES = [getattr(api, n) for api in (jnorm.linen, jnorm.nnx) for n in api.__all__]
 # The library of native kernels ends like a module of Python, but is none.
@@ -242,9 +242,15 @@ def test_defaults(name):
     assert {k: parameters[k].default for k in DEFAULTS[name]} == DEFAULTS[name]
 
 
+# The examples of these modules need another library.
+NEEDS = {"_torch": "torch", "_models": "torch", "_keras": "keras", "_haiku": "haiku", "_equinox": "equinox"}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_doctests(module):
     """Under the conftest's strict promotion: a documented example is what users copy."""
+    if "convert" in module and (library := NEEDS.get(module.rpartition(".")[2])):
+        pytest.importorskip(library)
     failed, _ = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
 

@@ -1,5 +1,6 @@
 """What a normalized model needs beside its training: `jnorm.tools`, which is imported by its own name."""
 
+from . import convert as convert
 from .blend_statistics import blend_statistics as blend_statistics
 from .commit import commit_once as commit_once
 from .commit import commit_population as commit_population
@@ -29,6 +30,7 @@ __all__ = [
     "blend_statistics",
     "commit_once",
     "commit_population",
+    "convert",
     "feature_statistics_of_files",
     "fold",
     "fold_into_next",

@@ -61,8 +61,7 @@ def load_torch(
       taken too; PyTorch's estimate and this one differ by half a step of the power iteration.
 
     Example:
-      >>> import pytest
-      >>> torch = pytest.importorskip("torch")
+      >>> import torch
       >>> from flax import nnx
       >>> import jnorm.nnx as jnx
       >>> from jnorm.tools import convert
@@ -124,8 +123,7 @@ def load_torch_linen(
       ValueError: as :func:`load_torch`; hyperparameters of the source's norms and convolutions that the model does not have.
 
     Example:
-      >>> import pytest
-      >>> torch = pytest.importorskip("torch")
+      >>> import torch
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> from jnorm.tools import convert
       >>> model, x = nn.Dense(4), jnp.ones((1, 3))
@@ -169,8 +167,7 @@ def to_torch(
       ValueError: layers that there is no rule for.
 
     Example:
-      >>> import pytest
-      >>> torch = pytest.importorskip("torch")
+      >>> import torch
       >>> from flax import nnx
       >>> from jnorm.tools import convert
       >>> {k: tuple(t.shape) for k, t in convert.to_torch(nnx.Linear(3, 4, rngs=nnx.Rngs(0))).items()}
@@ -206,8 +203,7 @@ def to_torch_linen(
       ValueError: layers that there is no rule for.
 
     Example:
-      >>> import pytest
-      >>> torch = pytest.importorskip("torch")
+      >>> import torch
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> from jnorm.tools import convert
       >>> model, x = nn.Dense(4), jnp.ones((1, 3))

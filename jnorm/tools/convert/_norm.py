@@ -159,6 +159,12 @@ def of_nnx(module: Any, shape: tuple[int, ...] | None = None) -> Norm:
 
     Raises:
       ValueError: a module of another class, or with another number of features.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jnorm.tools import convert
+      >>> convert.of_nnx(nnx.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))).options()
+      {'epsilon': 1e-06, 'num_groups': 2, 'feature_axes': -1}
     """
 
     def value(name: str) -> np.ndarray | None:
@@ -180,6 +186,13 @@ def of_linen(module: Any, variables: Mapping[str, Any]) -> Norm:
 
     Raises:
       ValueError: a module of another class.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from jnorm.tools import convert
+      >>> module = nn.LayerNorm()
+      >>> convert.of_linen(module, module.init(jax.random.key(0), jnp.ones((2, 3)))).shape
+      (3,)
     """
     entries = {**meta.unbox(variables.get("params", {})), **meta.unbox(variables.get("batch_stats", {}))}
     return _of_module(module, lambda name: _host(entries.get(name)))

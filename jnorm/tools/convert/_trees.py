@@ -168,7 +168,7 @@ def _sort_calls(calls: dict, wrappers: list, found: Model) -> None:
             at, wrapper = next(((at, wrapper) for at, wrapper in beside if under(at)), ("", None))
             found.layers[path] = Layer(module, path, path, wrapper, at)
             inside.update(under(path), under(at) if at else ())
-        elif under(path):
+        elif kind not in _CONTAINERS and under(path):
             found.unknown[path] = kind
             inside.update(under(path))
     found.bare.update({path: path for path in found.variables if path not in inside})
