@@ -41,7 +41,7 @@ def feature_statistics_of_files(
     are is looked at first, so that one that does not fit is told at once.
 
     Args:
-      sources: the path of a file, of a folder (all data files that lie in it), or a pattern such as "data/**/x*.npy"; an array; or an
+      sources: the path of a file, of a folder (all data files that lie in it), or a pattern such as `"data/**/x*.npy"`; an array; or an
         iterable of paths and arrays, such as a generator of batches. Files are .npy, .npz, .csv or .tsv.
       feature_axes: the axes that have their own statistics, of each array as it lies in its file; axis 0 is that of the examples, and is
         none. An array `(n,)` is read as `(n, 1)`.
