@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -336,3 +337,23 @@ def test_flattening(rng):
     state = convert.to_torch(model, rename=names, flattened=flattened)
     for key, tensor in source.state_dict().items():
         assert "tracked" in key or largest(state[key], tensor) == 0, key
+
+
+def test_linen_wrappers(rng):
+    """What a wrapper holds lies beside the layer there."""
+
+    class Wrapped(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = jnn.WeightNorm(linen.Dense(6, param_dtype=jnp.float64), param_dtype=jnp.float64)(x)
+            return jnn.SpectralNorm(linen.Dense(5, param_dtype=jnp.float64), param_dtype=jnp.float64)(x, update_stats=False)
+
+    source = torch.nn.Sequential(NEW.weight_norm(torch.nn.Linear(4, 6)), NEW.spectral_norm(torch.nn.Linear(6, 5), n_power_iterations=200))
+    source.double()(torch.zeros(1, 4).double())  # the power iteration has come to its end
+    x = rng.normal(size=(3, 4))
+    model = Wrapped()
+    variables = convert.load_torch_linen(model, model.init(jax.random.key(0), x), source.eval(), x, match="order")
+    assert largest(model.apply(variables, x), theirs(source, x)) < 1e-6  # whose two ends differ by what float64 leaves of the second value
+    state = convert.to_torch_linen(model, variables, x, rename={"Dense_": ""})
+    for key, tensor in source.state_dict().items():
+        assert largest(state[key], tensor) < ATOL, key

@@ -1,17 +1,12 @@
 """PyTorch's norms, one at a time: outputs in training and evaluation and running statistics are PyTorch's own, there and back."""
 
-import dataclasses
-import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import jnorm
 from jnorm.tools import convert
-from refusals import refuses
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional test dependency")
 
@@ -112,3 +107,14 @@ def test_channels_second(name, rng):
     ours, x = norm.to_nnx(), np.moveaxis(batch(rng, spatial), -1, 1)
     np.testing.assert_allclose(ours(x), module(torch.tensor(x.copy())).detach().numpy(), rtol=0, atol=ATOL)
     check_statistics(module, ours)
+
+
+def test_synchronized(rng):
+    """Which a CPU evaluates only."""
+    module = torch.nn.SyncBatchNorm(6, eps=1e-2, momentum=0.25)
+    module.running_mean.uniform_(-1, 1), module.running_var.uniform_(0.5, 1.5)
+    norm, x = convert.of_torch(module), batch(rng, 2)
+    assert (norm.kind, norm.momentum, norm.running_var_correction) == ("BatchNorm", 0.75, 1)
+    ours = norm.to_nnx()
+    ours.eval()
+    np.testing.assert_allclose(ours(x), run_torch(module.eval(), x, True), rtol=0, atol=ATOL)

@@ -16,7 +16,7 @@ from ._trees import Model
 Rename = Mapping[str, str] | Callable[[str], str] | None
 MatchBy = Literal["name", "order"]
 _LISTED = 12
-_NAME = re.compile(r"(?:(?P<layer>.*)\.)?(?P<name>parametrizations\.\w+\.(?:original[01]?|0\._[uv])|\w+)")
+_NAME = re.compile(r"(?:(?P<layer>.*?)\.)?(?P<name>parametrizations\.\w+\.(?:original[01]?|0\._[uv])|\w+)")
 
 
 class Pair(NamedTuple):

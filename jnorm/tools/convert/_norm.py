@@ -198,6 +198,10 @@ def of_linen(module: Any, variables: Mapping[str, Any]) -> Norm:
     return _of_module(module, lambda name: _host(entries.get(name)))
 
 
+def _is_module(module: Any) -> bool:
+    return isinstance(module, nnx.Module | nn.Module)
+
+
 def _host(variable: Any) -> np.ndarray | None:
     if variable is None:
         return None
@@ -206,7 +210,7 @@ def _host(variable: Any) -> np.ndarray | None:
 
 def _of_module(module: Any, value: Any, shape: tuple[int, ...] | None = None) -> Norm:
     kind = type(module).__name__
-    if kind not in KINDS or not isinstance(module, nnx.Module | nn.Module):
+    if kind not in KINDS or not _is_module(module):
         raise ValueError(f"{kind} is no norm that can be converted; those are {list(KINDS)}, of jnorm and of Flax.")
     arrays = {name: value(name) for name in ("scale", "bias", "mean", "var")}
     count = value("count")

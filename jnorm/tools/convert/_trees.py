@@ -77,7 +77,7 @@ def _walk(node: Any, keys: Keys, names: Keys, found: Model, seen: set[int]) -> N
             _note_variables(node, keys, found, seen)
             found.bare[text(keys)] = text(names)
         return
-    if not isinstance(node, nnx.Module | nnx.List | list | tuple | dict) or id(node) in seen:
+    if not _has_children(node) or id(node) in seen:
         return
     seen.add(id(node))
     kind, own = type(node).__name__, type(node).__module__.startswith(("flax.nnx", "jnorm.nnx"))
@@ -91,6 +91,10 @@ def _walk(node: Any, keys: Keys, names: Keys, found: Model, seen: set[int]) -> N
         for key, child in _children(node):
             inside = kind == "Sequential" and own and key == "layers"
             _walk(child, (*keys, key), names if inside else (*names, key), found, seen)
+
+
+def _has_children(node: Any) -> bool:
+    return isinstance(node, nnx.Module | nnx.List | list | tuple | dict)
 
 
 def _is_variable(node: Any) -> bool:
@@ -115,7 +119,7 @@ def _note_variables(node: Any, keys: Keys, found: Model, seen: set[int]) -> None
             seen.add(id(node))
             found.variables[text(keys)] = node
             found.keys[text(keys)] = keys
-    elif isinstance(node, nnx.Module | nnx.List | list | tuple | dict):
+    elif _has_children(node):
         for key, child in _children(node):
             _note_variables(child, (*keys, key), found, seen)
 
