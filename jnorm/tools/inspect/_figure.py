@@ -62,9 +62,13 @@ def _ratios(axes: Any, layers: list[LayerReport]) -> None:
         axes.plot([1 / most, most], [i, i], color=SECOND, linewidth=1.2, alpha=0.6)
         axes.plot(one, i, "o", color=_color(layer), markersize=5)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
     limit = max(2.0, 1.2 * max(worst))
+    axes.set_xscale("log")
     axes.set_xlim(1 / limit, limit)
+    marks = [m for m in (2.0, 4.0, 10.0, 100.0, 1e4) if m < limit and (limit < 20 or m >= 10)]
+    ticks = [*(1 / m for m in marks[::-1]), 1.0, *marks]
+    axes.set_xticks(ticks, [f"{t:g}" if t >= 1 else f"1/{1 / t:g}" for t in ticks])
+    axes.minorticks_off()
     axes.set_title("running / batch variance")
     axes.set_xlabel("geometric mean, and\nthe worst factor either way")
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ._report import LayerReport, Report
 
 WIDTH = 140  # of a text
-WIDE = 120  # a terminal that all columns have room in
+WIDE = 132  # a terminal that all columns have room in
 
 
 def show(report: Report, console: Any) -> None:
@@ -42,7 +42,7 @@ def _table(report: Report, rich: Any, wide: bool) -> Any:
     layers = report.layers
     title = f"{_number(len(layers), 'norm')}, {_number(report.batches, 'batch')}"
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
-    table.add_column("norm", overflow="fold")
+    table.add_column("norm", overflow="fold", min_width=min(max(len(layer.path) for layer in layers), 24))
     columns = _wide(layers) if wide else _narrow(layers)
     if report.losses is not None:
         columns |= {"loss\nalone": [_signed(layer.loss_alone) for layer in layers]}

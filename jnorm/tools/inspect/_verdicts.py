@@ -10,7 +10,7 @@ from ._report import Finding, LayerReport, Losses
 EFFECT = 0.02  # a mean divergence: a shift by a fifth of a standard deviation, or a variance that is wrong by a third
 NOISY = 0.25  # the standard error of a mean of 16 independent values, in standard deviations
 CAUSE = 0.9  # what explains so much of a difference is its cause
-INITIAL = 0.02  # of the initial values
+INITIAL, ON_THE_WAY = 0.02, 2 / 3  # how much of the initial values; and of both distances that explains, while weights move
 PART = 0.05  # of the loss
 
 RECALIBRATE = "recalibrate (jnorm.tools.recalibrate)"
@@ -39,9 +39,8 @@ def _diverges(layer: LayerReport, signs: Signs, losses: Losses | None) -> Findin
     if layer.frozen or not diverges(layer, signs):
         return None
     text = f"the running statistics are not those of the batches: the means lie {_distance(layer)} apart{_ratio(layer)}"
-    if losses is not None and layer.loss_alone is not None and abs(layer.loss_alone) > PART * abs(losses.means[0]):
-        direction = "less" if layer.loss_alone < 0 else "more"
-        text += f", and with the batches' for this layer alone the loss is {abs(layer.loss_alone):.3g} {direction}"
+    if losses is not None and _costs(layer, losses):
+        text += f", and alone they make the loss {layer.loss_without:.3g} more"
     cause = _cause(layer, signs)
     return Finding(cause.kind, text + cause.text, cause.remedy)
 
@@ -54,7 +53,7 @@ class _Cause(NamedTuple):
 
 def _cause(layer: LayerReport, signs: Signs) -> _Cause:
     assert layer.kl is not None
-    if signs.explained > CAUSE and INITIAL < (layer.initial or 0) < 1 + INITIAL:
+    if signs.explained > ON_THE_WAY and INITIAL < (layer.initial or 0) < 1 + INITIAL:
         memory = f" (they remember {layer.batches_remembered:.0f} batches)" if layer.batches_remembered else ""
         return _Cause(
             "initial values",
@@ -125,18 +124,15 @@ def _channels(layer: LayerReport) -> list[Finding]:
 
 def _sensitive(layer: LayerReport, signs: Signs, losses: Losses | None) -> Finding | None:
     """Where the numbers of the statistics themselves do not tell."""
-    if losses is None or layer.loss_alone is None or diverges(layer, signs):
+    if losses is None or diverges(layer, signs) or not _costs(layer, losses):
         return None
-    if -layer.loss_alone <= PART * abs(losses.means[0]):
-        return None
-    text = (
-        f"the running statistics are hardly other than those of the batches, but with the latter the loss is {-layer.loss_alone:.3g} less"
-    )
-    return Finding(
-        "sensitive",
-        text,
-        f"{RECALIBRATE}; a loss that such a difference matters for is fragile: train longer, with less noise, or regularize",
-    )
+    text = f"the running statistics are hardly other than those of the batches, but alone they make the loss {layer.loss_without:.3g} more"
+    return Finding("sensitive", text, f"{RECALIBRATE}; a loss that so little matters for is fragile: train longer, or regularize")
+
+
+def _costs(layer: LayerReport, losses: Losses) -> bool:
+    """Whether the running statistics of this layer matter, where all others are those of the batches."""
+    return layer.loss_without is not None and layer.loss_without > PART * abs(losses.means[0])
 
 
 def _of(channels: tuple[int, ...], layer: LayerReport) -> str:
@@ -194,8 +190,8 @@ def _of_losses(losses: Losses, layers: list[LayerReport]) -> str:
         text += (
             "The rest is due to what a batch's own statistics tell of it: larger or shuffled batches, or a norm without the batch in it. "
         )
-    worst = max(layers, key=lambda layer: -(layer.loss_alone or 0))
-    return text + (f"Most is due to {worst.path or 'the norm'!r}. " if worst.loss_alone and worst.loss_alone < -PART * gap else "")
+    worst = max(layers, key=lambda layer: layer.loss_without or 0)
+    return text + (f"Most is due to {worst.path!r}. " if len(layers) > 1 and _costs(worst, losses) else "")
 
 
 def significant(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
