@@ -285,24 +285,15 @@ def _prepared(x: jax.Array, state: Any, correction: Any, minimum_std: Any, featu
             raise ValueError(f"{name} must be at least 0, got {value}.")
     stats = _stats_of(state)
     wide = np.promote_types(stats_dtype(x.dtype), stats.mean.dtype)
-    divisor = _divisor(stats, correction, minimum_std, wide)
+    divisor = divisor_of(state, correction, minimum_std).astype(wide)
     return x.astype(wide), *(layout.feature_view(v) for v in (stats.mean.astype(wide), divisor)), check_dtype(dtype, x)
 
 
 def divisor_of(state: FeatureStatistics, correction: Any, minimum_std: Any) -> jax.Array:
-    """What features are divided by."""
+    """What features are divided by; 1 for a constant one, whose m2 may be what merging rounded."""
     stats = _stats_of(state)
-    return _divisor(stats, correction, minimum_std, stats.mean.dtype)
-
-
-def _divisor(stats: Stats, correction: Any, minimum_std: Any, dtype: Any) -> jax.Array:
-    std = _std(stats, correction).astype(dtype)
-    return jnp.where(std > 0, jnp.maximum(std, jnp.asarray(minimum_std, dtype)), 1)
-
-
-def _std(stats: Stats, correction: Any) -> jax.Array:
-    """The standard deviation; 0 for a constant feature, whose m2 may be what merging rounded."""
     var = stats.m2 / jnp.maximum(stats.count - correction, 1)
     resolution = float(jnp.finfo(var.dtype).eps) * jnp.abs(stats.mean)
     varies = jnp.sqrt(lax.stop_gradient(var)) > lax.stop_gradient(resolution)
-    return jnp.where(varies, jnp.sqrt(jnp.where(varies, var, 1)), 0)
+    std = jnp.sqrt(jnp.where(varies, var, 1))
+    return jnp.where(varies, jnp.maximum(std, jnp.asarray(minimum_std, std.dtype)), 1)
