@@ -60,7 +60,11 @@ def run(layer, x, training):
         return np.asarray(layer(x, training=training) if isinstance(layer, keras.layers.BatchNormalization) else layer(x))
 
 
-@pytest.mark.parametrize("case", CASES)
+# Others than the first of their kind, which compile as long.
+SLOW = {"BatchNormalization-plain", "LayerNormalization-axis", "GroupNormalization-axis", "RMSNormalization-axes"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES])
 def test_there_and_back(case, rng):
     layer = made(case, rng)
     norm = convert.of_keras(layer)
