@@ -17,6 +17,7 @@ import jnorm
 import jnorm.linen as jnn
 import jnorm.nnx as jnx
 from jnorm import tools
+from native_fuzz import python
 from refusals import refuses
 
 KEYS = ("count", "mean", "var")
@@ -189,6 +190,23 @@ def test_memory_is_bounded(kind, tmp_path, rng):
             peaks.append(peak(tools.standardize_files, path, tmp_path / "out", statistics, **options))
     assert max(peaks) < bound + constant < 0.7 * number * 16 * (64 if kind == "csv" else 8)
     assert max(peaks[len(peaks) // 2 :]) < 1.1 * max(peaks[: len(peaks) // 2]) + 50_000
+
+
+NO_DEVICE = """
+import sys, jax, numpy as np
+from jnorm import tools
+statistics = tools.feature_statistics_of_files(sys.argv[1] + "/x.npy", max_bytes=2000)
+tools.standardize_files(sys.argv[1] + "/x.npy", sys.argv[1] + "/z", statistics)
+jax.config.update("jax_num_cpu_devices", 3)  # refused once there are devices
+assert len(jax.devices()) == 3
+"""
+
+
+def test_no_device_is_taken(tmp_path, rng):
+    """A process that prepares data leaves the memory of the accelerators alone, which JAX takes with its first array."""
+    np.save(tmp_path / "x.npy", rows(rng))
+    done = python("-c", NO_DEVICE, str(tmp_path))
+    assert done.returncode == 0, done.stderr
 
 
 # --- standardized copies ------------------------------------------------------------------------------------------------------
