@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -266,6 +267,27 @@ def recalibration():
     for key, want in {"mean": x.mean(0), "var": x.var(0)}.items():
         # Sums of len(x) terms, none of which is larger than its square or the largest x.
         oracles.assert_close(state[key], oracles.Bounded(want, abs(want) + abs(x).max()), len(x), what=key)
+
+
+@check
+def recalibration_of_global_batches():
+    """Two norms, layer by layer, over batches that all processes have parts of: each stops after the same pass."""
+    mesh, rng = distributed.mesh_of((DEVICES,)), np.random.default_rng(0)
+    batches = [rng.normal(size=(16, 6)).astype(np.float32) * s + s for s in (1, 3)]
+    everywhere, spread = (NamedSharding(mesh, jax.P(*spec)) for spec in ((), ("d",)))
+
+    def step(state, x):
+        y, first = jnorm.batch_norm(x, state["first"])
+        return {"first": first, "second": jnorm.batch_norm(jnp.tanh(y), state["second"])[1]}
+
+    start = jax.tree.map(lambda a: place(a, everywhere), {name: jnorm.batch_norm_state(6) for name in ("first", "second")})
+    new = tools.recalibrate(jax.jit(step), start, [place(x, spread) for x in batches], layer_by_layer=True)
+    assert_same_everywhere(new)
+    x = np.concatenate(batches).astype(np.float64)
+    for name in ("first", "second"):
+        for key, want in {"mean": x.mean(0), "var": x.var(0)}.items():
+            oracles.assert_close(new[name][key], oracles.Bounded(want, abs(want) + abs(x).max() ** 2), len(x), what=f"{name} {key}")
+        x = np.tanh((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5))
 
 
 def assert_same_everywhere(tree):

@@ -94,6 +94,18 @@ def test_training_loop_trains_in_each_way():
     assert names["network"].norm.use_running_average is True
 
 
+def test_recalibration():
+    """What the page says of its errors, the mean squares of 1024 numbers."""
+    names = run("guide/recalibration.md")
+    of = lambda key, data="test": float(names["error"](names[key], names[data]))  # noqa: E731
+    again = jnorm.tools.recalibrate(names["step"], names["averaged"], names["batches"])
+    assert of("pooled") < of("trained") and float(names["error"](again, names["test"])) < 0.8 * of("averaged")
+    assert of("adapted", "shifted") < 0.5 * of("settled", "shifted")
+    new, some, all_of_few = (float(line.split()[1]) for line in names["printed"] if line.split()[0] in ("0", "16", "256"))
+    assert some < min(new, all_of_few)
+    assert names["printed"].count("True") == 3  # what is printed as a claim
+
+
 def test_devices_give_the_answer_of_one():
     """Rounding of sums over 32 values: x is near 5, and y below 4."""
     names = run("guide/devices.md")

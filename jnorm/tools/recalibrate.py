@@ -72,9 +72,10 @@ def recalibrate(
       In at least float32, and then in the dtype of the states. Each batch enters by the difference of its mean, so that no squares are
       subtracted; the mean is rounded once for each batch, and some √B of these roundings add up. One value in a batch has the variance 0.
 
-      Layer by layer takes as many passes over the batches as norms follow on one another, at most one for each norm: in each pass all
-      norms normalize with their statistics of the pass before, so that after the k-th the lowest k of each path are right. For that the
-      batches must be the same each time. A norm that is called more than once in a step sees itself.
+      Layer by layer: in each pass over the batches all norms normalize with their statistics of the pass before, in the first with the
+      batch's, so that after the k-th pass the lowest k of each path are right, up to rounding. It ends where a pass moves nothing, or
+      after as many passes as there are norms. The batches must be the same each time. A norm that is called more than once in a step
+      meets its own statistics of the pass before.
 
     Distributed:
       What the step does: with an axis name, or over sharded arrays, a batch's statistics are those of all devices. Where hosts see
