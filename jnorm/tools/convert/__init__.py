@@ -3,6 +3,7 @@
 from ._equinox import as_equinox as as_equinox
 from ._equinox import of_equinox as of_equinox
 from ._equinox import weights_of_equinox as weights_of_equinox
+from ._flax import load_flax as load_flax
 from ._haiku import HaikuNorm as HaikuNorm
 from ._haiku import as_haiku as as_haiku
 from ._haiku import of_haiku as of_haiku
@@ -32,6 +33,7 @@ __all__ = [
     "as_keras",
     "as_torch",
     "load",
+    "load_flax",
     "load_linen",
     "load_torch",
     "load_torch_linen",

@@ -194,10 +194,10 @@ def _told(missing: list, extra: list[str], wrong: list[str], state: Mapping[str,
     wanted = [key for pair in pairs for key in pair.keys]
     lines = ["the state dict does not fit the model."]
     if missing:
-        lines.append(f"Missing: {some([f'{key!r} (of {path}{_near(key, extra)})' for key, path in missing])}.")
+        lines.append(f"Missing: {some([f'{key!r} (of {path}{near(key, extra)})' for key, path in missing])}.")
     if extra:
         left = [key for key in wanted if key not in state]
-        lines.append(f"Not in the model: {some([f'{key!r}{_near(key, left, brackets=True)}' for key in extra])}.")
+        lines.append(f"Not in the model: {some([f'{key!r}{near(key, left, brackets=True)}' for key in extra])}.")
     if wrong:
         lines.append(f"Of other shapes: {some(wrong)}.")
     if missing or extra:
@@ -205,7 +205,7 @@ def _told(missing: list, extra: list[str], wrong: list[str], state: Mapping[str,
     return "\n".join(lines)
 
 
-def _near(key: str, among: list[str], brackets: bool = False) -> str:
+def near(key: str, among: list[str], brackets: bool = False) -> str:
     found = difflib.get_close_matches(key, among, n=1, cutoff=0.5)
     return "" if not found else f" (like {found[0]!r})" if brackets else f"; like {found[0]!r}, which is there"
 

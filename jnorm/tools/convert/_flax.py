@@ -1,0 +1,88 @@
+"""NNX models of Flax's classes, and their checkpoints, to the same models of jnorm's: where the variables are other ones."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flax import nnx
+
+from ._match import near, some
+from ._models import like
+
+Keys = tuple[Any, ...]
+
+
+def load_flax(model: nnx.Module, source: Any) -> Any:
+    """An NNX model of jnorm's classes with the parameters and statistics of the same model of Flax's classes.
+
+    The variables are the same, at the same paths, but for the scales of `WeightNorm`: bare arrays in Flax's class, parameters in jnorm's.
+    A checkpoint of these Orbax does not restore into the model: restore it without a target, and give it to this function.
+
+    Args:
+      model: of jnorm's classes; it stays as it is, and may be abstract (`nnx.eval_shape`).
+      source: the model of Flax's classes, its state (`nnx.state`), or what Orbax restores of it without a target: a dict in which a path
+        such as ("kernel",) is a text, and a number too.
+
+    Returns:
+      A new model. Variables other than `nnx.Param` and `nnx.BatchStat`, such as those of random keys, are the model's.
+
+    Raises:
+      ValueError: variables that are missing or left over, shapes that do not fit: all told at once.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jnorm import nnx as jnx
+      >>> from jnorm.tools import convert
+      >>> rngs = nnx.Rngs(0)
+      >>> theirs = nnx.WeightNorm(nnx.Linear(3, 2, rngs=rngs), rngs=rngs)
+      >>> ours = jnx.WeightNorm(nnx.Linear(3, 2, rngs=rngs), rngs=rngs)
+      >>> ours = convert.load_flax(ours, theirs)
+      >>> bool((ours.layer_instance.kernel[...] == theirs.layer_instance.kernel[...]).all())
+      True
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be an NNX module, got {type(model).__name__}: the variables of Linen's classes are the same here.")
+    new = nnx.clone(model)
+    mine = {_text(keys): (keys, variable) for keys, variable in nnx.to_flat_state(nnx.state(new))}
+    wanted = {path: entry for path, entry in mine.items() if isinstance(entry[1], nnx.Param | nnx.BatchStat)}
+    theirs = {_text(keys): value for keys, value in _leaves(nnx.state(source) if isinstance(source, nnx.Module) else source, ())}
+    _check(wanted, set(mine), theirs)
+    changed = {keys: variable.replace(like(theirs[path], variable.get_value())) for path, (keys, variable) in wanted.items()}
+    nnx.update(new, nnx.from_flat_state(changed))
+    return new
+
+
+def _leaves(node: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
+    if isinstance(node, nnx.Variable):
+        yield keys, node.get_value()
+    elif isinstance(node, Mapping | nnx.State):
+        # Orbax restores a variable as a dict of its value.
+        whole = set(node) == {"value"} and not isinstance(node["value"], Mapping)
+        for key, child in node.items():
+            yield from _leaves(child, keys if whole else (*keys, key))
+    else:
+        yield keys, node
+
+
+def _text(keys: Keys) -> str:
+    parts: list[str] = []
+    for key in keys:
+        key = ast.literal_eval(key) if isinstance(key, str) and key.startswith("(") else key
+        parts += map(str, key) if isinstance(key, tuple) else [str(key)]
+    return "/".join(parts)
+
+
+def _check(wanted: Mapping[str, Any], known: set[str], theirs: Mapping[str, Any]) -> None:
+    missing = [path for path in wanted if path not in theirs]
+    extra = [path for path in theirs if path not in known]
+    shapes = {path: (theirs[path].shape, variable.shape) for path, (_, variable) in wanted.items() if path in theirs}
+    wrong = [f"{path} has the shape {there}, the model needs {here}" for path, (there, here) in shapes.items() if there != here]
+    lines = ["the source does not fit the model."]
+    if missing:
+        lines.append(f"Missing: {some([f'{path!r}{near(path, extra, brackets=True)}' for path in missing])}.")
+    if extra:
+        lines.append(f"Not in the model: {some([repr(path) for path in extra])}.")
+    if wrong:
+        lines.append(f"Of other shapes: {some(wrong)}.")
+    if len(lines) > 1:
+        raise ValueError("\n".join(lines))
