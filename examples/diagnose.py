@@ -58,12 +58,12 @@ class Block(nnx.Module):
 
 
 class Network(nnx.Module):
-    def __init__(self, momentum: float, *, rngs: nnx.Rngs) -> None:
-        self.stem = nnx.Conv(1, WIDTHS[0], (3, 3), use_bias=False, rngs=rngs)
-        self.norm = jnorm.nnx.BatchNorm(WIDTHS[0], momentum=momentum, rngs=rngs)
-        before = (WIDTHS[0], *WIDTHS[:-1])
-        self.blocks = nnx.List([Block(a, b, momentum, rngs) for a, b in zip(before, WIDTHS, strict=True)])
-        self.dense = nnx.Linear(WIDTHS[-1], NUM_CLASSES, rngs=rngs)
+    def __init__(self, widths: Sequence[int], momentum: float, *, rngs: nnx.Rngs) -> None:
+        self.stem = nnx.Conv(1, widths[0], (3, 3), use_bias=False, rngs=rngs)
+        self.norm = jnorm.nnx.BatchNorm(widths[0], momentum=momentum, rngs=rngs)
+        before = (widths[0], *widths[:-1])
+        self.blocks = nnx.List([Block(a, b, momentum, rngs) for a, b in zip(before, widths, strict=True)])
+        self.dense = nnx.Linear(widths[-1], NUM_CLASSES, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = nnx.relu(self.norm(self.stem(images[..., None])))
@@ -89,7 +89,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cause", choices=CAUSES, default="momentum", help="what makes the evaluation bad (default: momentum)")
     parser.add_argument("--data-dir", help="a directory with MNIST's IDX files, gzipped or not (default: scikit-learn's digits)")
     parser.add_argument("--seed", type=int, default=0, help="of the parameters and of the order of the images (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="one epoch, to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="one epoch of a smaller network, to see that everything works")
     parser.add_argument("--plot", type=Path, default=Path("diagnosis.png"), metavar="PATH", help="default: diagnosis.png")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers of the diagnosis there")
     return parser.parse_args(argv)
@@ -102,7 +102,9 @@ def diagnose(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             raise DigitsError(f"{path} is a directory")
     cause, data = CAUSES[args.cause], load_data(args.data_dir)
     train_set, test_set = (data.train_images, data.train_labels), (data.test_images * cause.contrast, data.test_labels)
-    model = train(cause, data, 1 if args.quick else cause.epochs, args.seed, console)
+    widths, epochs = (WIDTHS[:1], 1) if args.quick else (WIDTHS, cause.epochs)
+    model = nnx.jit(lambda: Network(widths, cause.momentum, rngs=nnx.Rngs(args.seed)))()
+    train(model, data, epochs, args.seed, console)
 
     # Where evaluation has images of its own, it is their statistics that count.
     source = train_set if cause.contrast == 1 else test_set
@@ -135,8 +137,7 @@ def train_step(model: Network, optimizer: nnx.Optimizer, batch: Batch) -> jax.Ar
     return value
 
 
-def train(cause: Cause, data: Dataset, epochs: int, seed: int, console: Console) -> Network:
-    model = nnx.jit(lambda: Network(cause.momentum, rngs=nnx.Rngs(seed)))()
+def train(model: Network, data: Dataset, epochs: int, seed: int, console: Console) -> None:
     optimizer = nnx.Optimizer(model, optax.sgd(LEARNING_RATE, momentum=0.9), wrt=nnx.Param)
     columns = (TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -145,7 +146,6 @@ def train(cause: Cause, data: Dataset, epochs: int, seed: int, console: Console)
             for batch in cut((data.train_images, data.train_labels), seed + epoch):
                 value = train_step(model, optimizer, batch)
                 progress.update(task, advance=1, loss=f"loss {float(value):.3f}")
-    return model
 
 
 def cut(images_and_labels: Batch, seed: int) -> Iterator[Batch]:
