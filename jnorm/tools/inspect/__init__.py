@@ -6,4 +6,4 @@ from ._report import LayerReport as LayerReport
 from ._report import Losses as Losses
 from ._report import Report as Report
 
-__all__ = ["Finding", "LayerReport", "Losses", "Report", "inspect_norms"]
+__all__ = ["Finding", "LayerReport", "Losses", "Report"]

@@ -45,7 +45,7 @@ class LayerReport:
       initial: the part of the running averages that is still what they started as (0 and 1), by least squares.
       scale_min: the smallest magnitude of the scale.
       scale_max: the largest.
-      gain_max: the largest |scale| / sqrt(var + epsilon).
+      gain_max: the largest magnitude of scale / sqrt(var + epsilon).
       dead: the channels whose scale is 0, or nearly.
       constant: those whose input does not vary.
       below_epsilon: those whose variance is less than epsilon.
@@ -104,7 +104,7 @@ class Losses:
 
     @property
     def means(self) -> tuple[float, float, float]:
-        """Over the batches: running, pooled, own."""
+        """Running, pooled and own, over the batches."""
         running, pooled, own = (float(np.mean(a)) for a in (self.running, self.pooled, self.own))
         return running, pooled, own
 
