@@ -38,7 +38,7 @@ def mark(x: Any, path: str, end: str) -> jax.Array:
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """An array of the program: what makes it, what uses it, and which leaf of the arguments it is."""
+    """An array of the program: what makes it, what uses it, which parameter it is, and whether it is the same in each call."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -46,6 +46,7 @@ class Value:
     users: list["Step"] = dataclasses.field(default_factory=list)
     leaf: Any = None
     is_output: bool = False
+    fixed: bool = False
     constant: Any = None
 
     @property
@@ -94,11 +95,12 @@ def marked(jaxpr: Any) -> set[str]:
 
 
 def graph_of(closed: Any, leaves: Sequence[Any]) -> Graph:
-    """Of a closed jaxpr, whose arguments are the leaves of these names, or None for what is no parameter.
+    """Of a closed jaxpr, whose first arguments are the model's: parameters of these names, or None for what is none.
 
     An argument that is given back as it is is no use of it, and what nothing uses is left out.
     """
-    inputs = [_value(v, leaf=leaf) for v, leaf in zip(closed.jaxpr.invars, leaves, strict=True)]
+    own = [_value(v, leaf=leaf, fixed=True) for v, leaf in zip(closed.jaxpr.invars, leaves, strict=False)]
+    inputs = own + [_value(v) for v in closed.jaxpr.invars[len(own) :]]
     steps: list[Step] = []
     for out in _open(closed.jaxpr, closed.consts, inputs, "", steps):
         out.is_output |= out not in inputs
@@ -120,10 +122,10 @@ def _value(v: Any, **fields: Any) -> Value:
 def _open(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], called: str, steps: list[Step]) -> list[Value]:
     """Adds the steps of a body, and gives its results."""
     env = dict(zip(jaxpr.invars, inputs, strict=True))
-    env |= {v: _value(v, constant=c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+    env |= {v: _value(v, constant=c, fixed=True) for v, c in zip(jaxpr.constvars, consts, strict=True)}
 
     def read(v: Any) -> Value:
-        return _value(v, constant=v.val) if isinstance(v, jex.Literal) else env[v]
+        return _value(v, constant=v.val, fixed=True) if isinstance(v, jex.Literal) else env[v]
 
     for eqn in jaxpr.eqns:
         operands, body = [read(v) for v in eqn.invars], eqn.params.get(_CALLS.get(eqn.primitive.name, ""))

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict, freeze, meta, unfreeze
+from flax.core import DenyList, FrozenDict, freeze, meta, unfreeze
 
 from ... import linen as jnn
 from .._layers import NORMS_LINEN, Layers, chosen, none_of
@@ -121,7 +121,7 @@ def fold_linen(model: nn.Module, variables: Any, args: tuple, kwargs: dict, laye
 
     def run(variables: Any, args: tuple, kwargs: dict) -> Any:
         with nn.intercept_methods(intercept):
-            return model.apply(variables, *args, mutable=True, **kwargs)
+            return model.apply(variables, *args, mutable=DenyList(("params", "batch_stats")), **kwargs)
 
     graph = trace(run, variables, args, kwargs, lambda key: key[1:] if key[0] == "params" else None)
     if not calls.norms:

@@ -102,7 +102,7 @@ def fold_nnx(model: Any, args: tuple, kwargs: dict, layers: Layers | None) -> Fo
     norms = nnx_norms(copy, _CLASSES)
     wanted = chosen(norms, layers)
     marked = {id(norm): _Marked(norm, path, calls) for path, norm in norms.items() if calls.note(path, norm) and path in wanted}
-    root = marked.get(id(copy), copy)
+    root: Any = marked.get(id(copy), copy)
     if root is copy:
         put_modules(copy, marked)
     graphdef, state = nnx.split(root)
@@ -112,7 +112,7 @@ def fold_nnx(model: Any, args: tuple, kwargs: dict, layers: Layers | None) -> Fo
         return traced(*args, **kwargs), nnx.state(traced)
 
     at = {tuple(path) for path, m in nnx.iter_modules(root) if isinstance(m, _Marked)}
-    params = {path: v for path, v in nnx.to_flat_state(state) if issubclass(v.type, nnx.Param)}
+    params = {path: v for path, v in nnx.to_flat_state(state) if isinstance(v, nnx.Variable) and issubclass(v.type, nnx.Param)}
     names = {path: _without_marks(path, at) for path in params}
     graph = trace(run, state, args, kwargs, names.get)
     pairs, report = plan(graph, calls, wanted, lambda layer, direction: _with_bias(root, layer, direction))

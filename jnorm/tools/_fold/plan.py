@@ -56,7 +56,7 @@ def trace(run: Callable[..., Any], tree: Any, args: tuple, kwargs: dict, name_of
 
     closed = jax.make_jaxpr(traced)(tree, [leaves[i] for i in dynamic])
     keys = [key_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return graph_of(closed, [name_of(k) for k in keys] + [None] * len(dynamic))
+    return graph_of(closed, [name_of(k) for k in keys])
 
 
 def plan(graph: Graph, calls: Calls, chosen: Iterable[str], new_bias: NewBias) -> tuple[list[Pair], Report]:

@@ -129,9 +129,9 @@ def to_leaf(value: Value, queries: Sequence[Axes]) -> tuple[Any, list[Axes], boo
 
 
 def _masked(step: Step) -> Value | None:
-    """The operand of a product with a constant of the same shape."""
+    """The operand of a product with what is no parameter, of the same shape and the same in each call."""
     for one, other in (step.inputs, step.inputs[::-1]):
-        if other.constant is not None and other.shape == one.shape == step.outputs[0].shape:
+        if other.fixed and other.leaf is None and other.shape == one.shape == step.outputs[0].shape:
             return one
     return None
 
