@@ -138,6 +138,15 @@ def test_stops_where_nothing_moves(batches, weights):
     assert (counted.passes, counted.traced) == (2, 2)
 
 
+def test_inside_jit(batches, weights):
+    """Where nobody knows whether something moves, it takes as many passes as there are norms."""
+    step = lambda s, x: chain(s, x, weights)  # noqa: E731
+    counted = Counted(step, batches)
+    run = jax.jit(lambda s: tools.recalibrate(step, s, counted, layer_by_layer=True))
+    check(run(states()), truth(batches, weights), batches)
+    assert counted.passes == DEPTH
+
+
 def test_fifty_layers_in_one_scan(rng):
     """Stacked norms have one state, in which they follow on one another."""
     layers, x = 50, [(rng.normal(size=(8, 2)) * s + 1).astype(np.float32) for s in (1, 3)]
