@@ -79,9 +79,9 @@ def _check(wanted: Mapping[str, Any], known: set[str], theirs: Mapping[str, Any]
     wrong = [f"{path} has the shape {there}, the model needs {here}" for path, (there, here) in shapes.items() if there != here]
     lines = ["the source does not fit the model."]
     if missing:
-        lines.append(f"Missing: {some([f'{path!r}{near(path, extra, brackets=True)}' for path in missing])}.")
+        lines.append(f"Missing: {some(missing, lambda path: f'{path!r}{near(path, extra, brackets=True)}')}.")
     if extra:
-        lines.append(f"Not in the model: {some([repr(path) for path in extra])}.")
+        lines.append(f"Not in the model: {some(extra, repr)}.")
     if wrong:
         lines.append(f"Of other shapes: {some(wrong)}.")
     if len(lines) > 1:

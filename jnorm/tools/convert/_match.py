@@ -194,10 +194,10 @@ def _told(missing: list, extra: list[str], wrong: list[str], state: Mapping[str,
     wanted = [key for pair in pairs for key in pair.keys]
     lines = ["the state dict does not fit the model."]
     if missing:
-        lines.append(f"Missing: {some([f'{key!r} (of {path}{near(key, extra)})' for key, path in missing])}.")
+        lines.append(f"Missing: {some(missing, lambda pair: f'{pair[0]!r} (of {pair[1]}{near(pair[0], extra)})')}.")
     if extra:
         left = [key for key in wanted if key not in state]
-        lines.append(f"Not in the model: {some([f'{key!r}{near(key, left, brackets=True)}' for key in extra])}.")
+        lines.append(f"Not in the model: {some(extra, lambda key: f'{key!r}{near(key, left, brackets=True)}')}.")
     if wrong:
         lines.append(f"Of other shapes: {some(wrong)}.")
     if missing or extra:
@@ -210,6 +210,7 @@ def near(key: str, among: list[str], brackets: bool = False) -> str:
     return "" if not found else f" (like {found[0]!r})" if brackets else f"; like {found[0]!r}, which is there"
 
 
-def some(texts: list[str]) -> str:
-    more = len(texts) - _LISTED
-    return ", ".join(texts[:_LISTED]) + (f", and {more} more" if more > 0 else "")
+def some(things: list[Any], told: Callable[[Any], str] = str) -> str:
+    """The first few, and how many more there are."""
+    more = len(things) - _LISTED
+    return ", ".join(map(told, things[:_LISTED])) + (f", and {more} more" if more > 0 else "")

@@ -42,7 +42,7 @@ def load_torch(
       rename: what the layers are called there: a dict of regular expressions and what to put in their place, one after the other; or a
         function. Of paths such as "layer1/0/conv1", in which the "layers" of an `nnx.Sequential` is left out, as in PyTorch.
       match: "name", or "order": the layers of both in the order of their definition. A copy of an NNX model (`nnx.clone`, `nnx.merge`)
-        has forgotten that order.
+        and an abstract one have forgotten that order.
       layers: only these, by path; see :func:`jnorm.tools.recalibrate`.
       ignore: patterns of keys of the source that are left.
       flattened: paths of dense layers and norms whose features were flattened from (C, *positions) there, and are flattened from
