@@ -19,7 +19,8 @@ import jnorm
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md") if "_build" not in p.relative_to(DOCS).parts)
-MODULES = ["jnorm", "jnorm.reparam", "jnorm.linen", "jnorm.nnx", "jnorm.tools", "jnorm.tools.convert", "jnorm.tools.inspect", "jnorm.typing"]
+MODULES = ["jnorm", "jnorm.reparam", "jnorm.linen", "jnorm.nnx", "jnorm.typing"]
+MODULES += ["jnorm.tools", "jnorm.tools.convert", "jnorm.tools.inspect"]
 # What a page needs that not every environment has.
 OPTIONAL = ("torch", "keras", "haiku", "equinox")
 
