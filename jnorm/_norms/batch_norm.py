@@ -131,8 +131,8 @@ def batch_norm(
     Args:
       x: `(..., C)`, or features on any axes; floating or complex. All axes may be features, one example alone, in evaluation and where
         `axis_name` names the batch.
-      state: from :func:`batch_norm_state`; also a `batch_stats` entry of Flax as it is. Where it is frozen (`jnorm.tools.freeze`), that goes
-        before the two switches below.
+      state: from :func:`batch_norm_state`; also a `batch_stats` entry of Flax as it is. Where it is frozen (`jnorm.tools.freeze`), that
+        goes before the two switches below.
       scale: gamma, real, `(C,)`; 1 where None.
       bias: beta, real, `(C,)`; 0 where None.
       use_running_average: normalize with the running statistics (evaluation).
