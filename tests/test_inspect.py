@@ -3,18 +3,22 @@
 import json
 import sys
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jnorm
 import jnorm.linen as jnn
 import jnorm.nnx as jnx
 import models
 import oracles
+from distributed import mesh_of
 from jnorm import tools
 from jnorm.tools.inspect import Losses, Report
 from refusals import refuses
@@ -497,6 +501,24 @@ def test_complex_and_narrow_states(rng):
     loss = lambda s, x: jnp.mean(jnorm.batch_norm(x, s, use_running_average=True)[0] ** 2)  # noqa: E731
     report = tools.inspect_norms(step, narrow, normal(rng, 2, mean=2.0), loss=loss)
     assert report.losses.pooled[0] < report.losses.running[0] and kinds(report) == [["initial values"]]
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_sharded_batches_and_frozen_collections(placed, rng, compilations):
+    """On eight devices as on one; a state that lies on all of them stays there, so that nothing is compiled anew."""
+    mesh = mesh_of()
+    batches = normal(rng, 2, size=16)
+    run, state, loss = by_api("linen")
+    given = flax.core.freeze(state)
+    want = tools.inspect_norms(run, given, batches, loss=loss)
+    if placed:
+        given = jax.device_put(given, NamedSharding(mesh, P()))
+    with compilations() as count:
+        got = tools.inspect_norms(run, given, [jax.device_put(b, NamedSharding(mesh, P("d"))) for b in batches], loss=loss)
+    assert count() < 10
+    for one, other in zip(got.layers, want.layers, strict=True):
+        # means of 32 values, in another order
+        np.testing.assert_allclose([one.kl, one.loss_alone, one.noise], [other.kl, other.loss_alone, other.noise], rtol=1e-4, atol=1e-6)
 
 
 # --- the report ---------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def inspect_norms(
         without running statistics too. An NNX model has its own.
       epsilon: of norms that do not say theirs: those of a state.
       momentum: of norms that do not say theirs. None: 0.9 for what is due to noise, which is careful.
-      layers: which of them, by path; None: all. See :func:`jnorm.tools.recalibrate`.
+      layers: which of them, by path, as for :func:`jnorm.tools.recalibrate`; None: all. The others keep their statistics in all losses.
       progress: show a progress bar.
 
     Returns:
