@@ -70,18 +70,19 @@ def largest(a, b):
     return float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
 
 
-def test_resnet(rng):
+@pytest.mark.parametrize(
+    "modes", [("eval",), pytest.param(("eval", "train", "then eval"), marks=pytest.mark.slow)], ids=["evaluation", "training"]
+)
+def test_resnet(modes, rng):
     """Evaluation, a step of training, evaluation, of the model that came and of the one that went back."""
     source, x = torch_models.trained(torch_models.ResNet().double(), rng), images(rng)
-    given = resnet()
-    before = jax.tree.map(np.asarray, nnx.state(given))
+    given = nnx.eval_shape(resnet)
     model = convert.load_torch(given, source, rename=torch_models.resnet_name)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, nnx.state(given)))
     assert given.norm.running_var_correction == 0
     back = torch_models.ResNet().double()
     back.load_state_dict(convert.to_torch(model, rename=torch_models.resnet_name))
     differences = {}
-    for mode in ("eval", "train", "then eval"):
+    for mode in modes:
         for one in (model, source, back):
             one.eval() if "eval" in mode else one.train()
         want = theirs(source, x)
@@ -136,6 +137,7 @@ def test_transformer(rng):
         np.testing.assert_array_equal(state[key].numpy(), tensor.numpy(), err_msg=key)
 
 
+@pytest.mark.slow
 def test_linen_transformer(rng):
     """Whose attention is one layer here, of four."""
     source = torch_models.trained(torch_models.Transformer().double(), rng)
@@ -208,7 +210,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+def fast(names, *slow):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.mark.parametrize("name", fast(CASES, "Linear", "Conv1d", "Conv2d-circular", "ConvTranspose2d-transposed-kernel", "Embed"))
 def test_layers(name, rng):
     there, here, shape = CASES[name]
     source, model = there().double(), here(nnx.Rngs(0))
@@ -249,7 +255,7 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("name", fast(LENGTHS, "Linear", "one-length"))
 def test_weight_norm(name, rng):
     """Into the wrapper, into a plain layer, and back from the wrapper."""
     there, here, axes, shape = LENGTHS[name]
@@ -278,7 +284,7 @@ def spectral(module, steps):
     return NEW.spectral_norm(module, n_power_iterations=steps).double()
 
 
-@pytest.mark.parametrize("kind", ["Linear", "Conv2d", "ConvTranspose2d"])
+@pytest.mark.parametrize("kind", fast(["Linear", "Conv2d", "ConvTranspose2d"], "Linear", "Conv2d"))
 def test_spectral_norm(kind, rng):
     """A plain layer gives PyTorch's evaluation. The wrapper's estimate is half a step of the power iteration later, so that it lies between
     PyTorch's in evaluation and its next one in training: each half step makes it larger."""

@@ -71,7 +71,9 @@ def test_a_part_of_a_model():
         convert.load_torch(model, state, ignore=["tail.*"])
     with refuses("'dens' matches none of the layers", "'conv', 'norm', 'dense'"):
         convert.load_torch(model, state, layers="dens")
+    before = jax.tree.map(np.array, nnx.state(model))
     loaded = convert.load_torch(model, state, layers=["conv", "norm"], ignore=["head.*"])
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
     np.testing.assert_array_equal(loaded.dense.kernel[...], model.dense.kernel[...])
     np.testing.assert_array_equal(loaded.conv.bias[...], source.conv.bias.detach().numpy())
     assert convert.to_torch(loaded, layers="norm").keys() == {f"norm.{key}" for key in source.norm.state_dict()}

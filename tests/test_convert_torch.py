@@ -73,7 +73,20 @@ def check_statistics(module, norm):
         assert float(norm.count[...]) == float(module.num_batches_tracked)
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = {
+    "BatchNorm1d-sequence",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "InstanceNorm1d",
+    "InstanceNorm3d-tracked",
+    "GroupNorm-plain",
+    "LayerNorm",
+    "LayerNorm-plain",
+    "RMSNorm",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES])
 def test_the_norm_does_what_pytorchs_does(name, rng):
     """Two steps of training and evaluation, of the NNX module, the Linen one, the function, and of PyTorch's again after the way back."""
     module, spatial = made(name, rng)
