@@ -172,7 +172,7 @@ def test_refusals(rng):
         convert.of_haiku("Dense", "norm", params)
     with refuses("decay_rate of a BatchNorm"):
         convert.of_haiku(cls, "norm", params, state)
-    with refuses("hidden / (1 - 0.8**2)", "decay_rate is another"):
+    with refuses("hidden / (1 - 0.8**2)", "decay_rate, the momentum here, is another"):
         convert.of_haiku(cls, "norm", params, state, decay_rate=0.8)
     with refuses("no module 'other/~/mean_ema'", "norm/~/mean_ema"):
         convert.of_haiku(cls, "other", params, state, decay_rate=0.9)

@@ -243,7 +243,7 @@ def test_keras_by_order(keras, rng, images):
     source = keras.Sequential(
         [
             keras.Input((4, 4, 3)),
-            layers.Conv2D(8, 3, strides=2, padding="valid", use_bias=False),
+            layers.Conv2D(8, 3, padding="valid", use_bias=False),
             layers.BatchNormalization(momentum=0.5),
             layers.Activation("relu"),
             keras.Sequential([layers.Conv2D(4, 1), layers.GroupNormalization(-1)]),
@@ -254,12 +254,12 @@ def test_keras_by_order(keras, rng, images):
     )
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(
-        nnx.Conv(3, 8, (3, 3), strides=2, padding="VALID", use_bias=False, rngs=rngs),
+        nnx.Conv(3, 8, (3, 3), padding="VALID", use_bias=False, rngs=rngs),
         nnx.BatchNorm(8, rngs=rngs),
         nnx.relu,
         nnx.Sequential(nnx.Conv(8, 4, (1, 1), rngs=rngs), jnx.InstanceNorm(4, rngs=rngs)),
         lambda x: x.reshape(len(x), -1),
-        nnx.Linear(4, 6, rngs=rngs),
+        nnx.Linear(4 * 2 * 2, 6, rngs=rngs),
         jnx.LayerNorm(6, rngs=rngs),
     )
     model = convert.load(model, convert.weights_of_keras(source), match="order")
