@@ -326,6 +326,12 @@ def test_nnx(batches, weights):
     tools.recalibrate(step, model, [b + 1 for b in batches], layers="norms/0")
     same({name: found()[name] for name in NAMES[1:]}, {name: old[name] for name in NAMES[1:]})
     np.testing.assert_allclose(found()[NAMES[0]]["mean"], old[NAMES[0]]["mean"] + 1, rtol=1e-5)
+    frozen = tools.freeze(model, "norms/1")
+    marked = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(frozen)))
+    tools.recalibrate(lambda m, x: m(x), frozen, batches[:1], layers="norms/0", others="batch")
+    new = nnx.to_pure_dict(nnx.state(frozen))
+    assert jax.tree.structure(new) == jax.tree.structure(marked)
+    same([new["norms"][i] for i in (1, 2)], [marked["norms"][i] for i in (1, 2)])
     with refuses("layers='encoder'", "'norms/0', 'norms/1', 'norms/2'"):
         tools.recalibrate(step, model, batches, layers="encoder")
 

@@ -101,7 +101,7 @@ def test_beside_what_normalizes(api, estimator, batches):
         check_averages(name, state, batches, estimator)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS[:3])
+@pytest.mark.parametrize("estimator", ["pooled", "cumulative", pytest.param("mean", marks=pytest.mark.slow)])
 def test_merged(estimator, batches):
     """Of each norm, in place of its averages and beside them. Instance norms merge what they average with the estimators that do."""
     step, both = jax.jit(functions), functools.partial(functools.reduce, tools.merge_populations)
