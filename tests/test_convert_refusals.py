@@ -1,6 +1,7 @@
 """What does not fit a conversion from PyTorch is told at once, by key and by layer; what may be left is; nothing that was given changes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,9 @@ class Source(torch.nn.Module):
         self.dense = torch.nn.Linear(4, 2)
 
 
+@functools.cache
 def net(**options):
+    """One for all tests: nothing changes it."""
     return Net(nnx.Rngs(0), **options)
 
 
@@ -161,7 +164,7 @@ CONVOLUTIONS = {
 def test_convolutions_that_move_otherwise(name):
     ours, theirs, told = CONVOLUTIONS[name]
     with refuses(told, "Build it so"):
-        convert.load_torch(nnx.Conv(4, 4, (3, 3), **ours, rngs=nnx.Rngs(0)), torch.nn.Conv2d(4, 4, 3, **theirs))
+        convert.load_torch(nnx.eval_shape(lambda: nnx.Conv(4, 4, (3, 3), **ours, rngs=nnx.Rngs(0))), torch.nn.Conv2d(4, 4, 3, **theirs))
 
 
 def test_dtypes_and_abstract_models():

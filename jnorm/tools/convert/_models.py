@@ -45,8 +45,8 @@ def load_torch(
         and an abstract one have forgotten that order.
       layers: only these, by path; see :func:`jnorm.tools.recalibrate`.
       ignore: patterns of keys of the source that are left.
-      flattened: paths of dense layers and norms whose features were flattened from (C, *positions) there, and are flattened from
-        (*positions, C) here, with that shape. Of layer normalization over several axes likewise.
+      flattened: paths of dense layers and norms whose features were flattened from (C, H, W) there, and are flattened from
+        (H, W, C) here, with that shape. Of layer normalization over several axes likewise.
 
     Returns:
       A new model.

@@ -1,6 +1,7 @@
 """Models of Keras, Haiku and Equinox as weights by name, in the layouts of Flax, and models of NNX and Linen that are given them."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -49,7 +50,7 @@ def load(
       match: "name", or "order": the layers of both in the order of their definition.
       layers: only these, by path.
       ignore: patterns of keys of the source that are left.
-      flattened: paths of dense layers whose features were flattened from (C, *positions) there, and are from (*positions, C) here, with
+      flattened: paths of dense layers whose features were flattened from (C, H, W) there, and are from (H, W, C) here, with
         that shape.
 
     Returns:
@@ -151,10 +152,10 @@ def _values(
         raise ValueError(f'match must be "name" or "order", got {match!r}.')
     if match == "order" and rename is not None:
         raise ValueError('match="order" asks for no names: leave rename out.')
-    name = renamer(rename)
+    name: Callable[[str], str] = renamer(rename)
     if match == "order":
-        by_order = names_by_order(found, _without_beside(weights, set()), _pairs(found, renamer(None), shapes), paths)
-        name = lambda path: by_order.get(path, path.replace("/", "."))  # noqa: E731
+        by_order = names_by_order(found, _without_beside(weights, set()), _pairs(found, name, shapes), paths)
+        name = functools.partial(_by_order, by_order)
     wrapped = {name(layer.name) for layer in found.layers.values() if layer.wrapper is not None}
     values = read(found, _pairs(found, name, shapes), _without_beside(weights, wrapped), paths, ignore)
     problems: list[str] = []
@@ -170,6 +171,10 @@ def _values(
             "alone."
         )
     return values
+
+
+def _by_order(names: Mapping[str, str], path: str) -> str:
+    return names.get(path, path.replace("/", "."))
 
 
 def _without_beside(weights: Weights, wrapped: set[str]) -> dict[str, np.ndarray]:
@@ -265,6 +270,6 @@ def _entry_of(path: str, key: str, there: Callable[..., np.ndarray], back: Calla
 
 
 def _rows(kernel: np.ndarray, shape: tuple[int, ...], last: bool) -> np.ndarray:
-    """Of a kernel whose inputs were flattened from (C, *positions), or from (*positions, C)."""
+    """Of a kernel whose inputs were flattened from (C, H, W), or from (H, W, C)."""
     there = shape if last else (*shape[1:], shape[0])
     return np.moveaxis(kernel.reshape(*there, -1), 0 if last else -2, -2 if last else 0).reshape(kernel.shape)
