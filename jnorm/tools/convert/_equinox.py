@@ -58,7 +58,7 @@ def of_equinox(layer: Any, state: Any = None, *, channels_last: bool = True) -> 
     kind = type(layer).__name__
     if kind not in ("BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"):
         raise ValueError(f"{kind} is no norm of Equinox that has a counterpart in convert.Norm.")
-    values = {ours: None if (a := getattr(layer, theirs)) is None else np.array(a) for ours, theirs in _PARAMS}
+    values: dict[str, Any] = {ours: None if (a := getattr(layer, theirs)) is None else np.array(a) for ours, theirs in _PARAMS}
     channel = (-1,) if channels_last else (1,)
     if kind == "BatchNorm":
         return Norm(kind=kind, shape=(layer.input_size,), feature_axes=channel, **_running(layer, state), **values)
@@ -166,7 +166,7 @@ def _batch_norm(eqx: Any, norm: Norm, axis_name: Any, has: bool) -> tuple[Any, A
     steps = steps_of(norm.count, norm.momentum, "Equinox's BatchNorm")
     make = eqx.nn.make_with_state(eqx.nn.BatchNorm)
     layer, state = make(norm.shape[0], axis_name, norm.epsilon, has, momentum=norm.momentum, mode="batch")
-    rest = 1 - norm.momentum**steps if steps else 1
+    rest = 1 - (norm.momentum or 0) ** steps if steps else 1
     hidden = tuple(jnp.asarray(np.asarray(a, np.float64) * rest, jnp.float32) for a in (norm.mean, norm.var))
     counter = state.get(layer.batch_counter) + steps  # of its type, a weak one
     state = state.set(layer.batch_counter, counter).set(layer.batch_state_index, hidden)
@@ -237,7 +237,7 @@ def _walk(weights: Weights, node: Any, name: str, state: Any, channels_last: boo
         weights.values[name] = np.array(node)
 
 
-def _plain(layer: Any) -> dict[str, np.ndarray | None]:
+def _plain(layer: Any) -> dict[str, Any]:
     """In Flax's layout."""
     weight, bias = np.array(layer.weight), None if (b := getattr(layer, "bias", None)) is None else np.array(b).ravel()
     if type(layer).__name__ == "Embedding":

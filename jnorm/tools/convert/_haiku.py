@@ -81,7 +81,7 @@ def of_haiku(
     if cls not in _CLASSES:
         raise ValueError(f"cls must be one of {list(_CLASSES)}, got {cls!r}.")
     arrays = _entry(params, name, ("scale", "offset"), cls == "BatchNorm" or shape is not None)
-    values = {ours: np.array(arrays[theirs]) for ours, theirs in _PARAMS if theirs in arrays}
+    values: dict[str, Any] = {ours: np.array(arrays[theirs]) for ours, theirs in _PARAMS if theirs in arrays}
     if cls == "BatchNorm":
         return _batch_norm(name, values, state or {}, decay_rate, eps, axis, _channel(data_format))
     channel = _channel(data_format)
@@ -140,7 +140,7 @@ def _reduced_with_channel(axis: Axis, ndim: int | None, channel: int) -> tuple[i
     return axes
 
 
-def _batch_norm(name: str, values: dict, state: Tree, decay: float | None, eps: float, axis: Axis | None, channel: int) -> Norm:
+def _batch_norm(name: str, values: dict, state: Tree, decay: Any, eps: float, axis: Axis | None, channel: int) -> Norm:
     decay = _needed(decay, "decay_rate", "BatchNorm")
     emas = {ours: _entry(state, f"{name}/~/{theirs}", ("hidden", "average", "counter")) for ours, theirs in _EMA}
     for ours, ema in emas.items():
@@ -150,7 +150,7 @@ def _batch_norm(name: str, values: dict, state: Tree, decay: float | None, eps: 
     reduced = None if axis is None else {a % ndim for a in _axes(axis, ndim)}
     features = (channel,) if reduced is None else tuple(a for a in range(ndim) if a not in reduced)
     shape = tuple(mean.shape[a] for a in features)
-    arrays = {ours: np.array(ema["average"]) for ours, ema in emas.items()} | values
+    arrays: dict[str, Any] = {ours: np.array(ema["average"]) for ours, ema in emas.items()} | values
     for key, a in arrays.items():
         if a.size != math.prod(shape):
             raise ValueError(f"{key} of {name!r} has the shape {a.shape}, but the features are {shape}.")

@@ -68,7 +68,9 @@ def of_keras(layer: Any) -> Norm:
     for option, why in (("renorm", "keeps two averages of each statistic"), ("rms_scaling", "divides by the variance's root")):
         if getattr(layer, option, False):
             raise ValueError(f"{layer.name!r} ({name}) has {option}=True, which {why}: there is no such norm here.")
-    arrays = {ours: None if (v := getattr(layer, theirs, None)) is None else array_of(v) for ours, theirs in _NAMES[name].items()}
+    arrays: dict[str, Any] = {
+        ours: None if (v := getattr(layer, theirs, None)) is None else array_of(v) for ours, theirs in _NAMES[name].items()
+    }
     if name == "BatchNormalization":
         shape = arrays["mean"].shape
         return Norm(kind="BatchNorm", shape=shape, epsilon=layer.epsilon, momentum=layer.momentum, feature_axes=(layer.axis,), **arrays)
