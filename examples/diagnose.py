@@ -118,8 +118,8 @@ def diagnose(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     before = accuracies(model, batches, test_set)
     model.train()
-    jnorm.tools.recalibrate(nnx.jit(lambda model, batch: model(batch[0])), model, batches)
-    after = accuracies(model, batches, test_set)
+    cured = jnorm.tools.recalibrate(nnx.jit(lambda model, batch: model(batch[0])), model, batches)
+    after = accuracies(cured, batches, test_set)
     console.print(accuracy_table(before, after))
     console.print(f"plot: {args.plot}", highlight=False)
     return {"before": before, "after": after, "report": report}

@@ -544,7 +544,7 @@ def test_resnet_in_linen(norms, rng, x64):
     jax.tree.map(np.testing.assert_array_equal, restored, folded.variables)
 
 
-@pytest.mark.parametrize("norms", [jnx, pytest.param(nnx, marks=pytest.mark.slow)], ids=["jnorm", "flax"])
+@pytest.mark.parametrize("norms", [pytest.param(jnx, marks=pytest.mark.slow), nnx], ids=["jnorm", "flax"])
 def test_resnet_in_nnx(norms, rng, x64):
     model, x = ready(models.NNXResNet(norms, rngs(), jnp.float64), rng), rng.normal(size=(2, 8, 8, 3))
     folded, report = tools.fold(model, x)

@@ -12,6 +12,7 @@ from jax import lax
 import jnorm
 import oracles
 from jnorm import tools
+from pairwise import checkerboard
 from refusals import refuses
 
 EPSILON = 0.3  # far from where it could be forgotten
@@ -95,8 +96,7 @@ def close(got, want, length, size):
     oracles.assert_close(got, oracles.Bounded(want, size), 4 * length, statistics="float64")
 
 
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("kind", BEFORE)
+@pytest.mark.parametrize("kind, with_bias", checkerboard(BEFORE, (False, True)))
 def test_into_the_layer_before(kind, with_bias, rng, x64):
     layer, x, shape, axes, out_axes = BEFORE[kind]
     x, kernel = rng.normal(size=x), rng.normal(size=shape)
@@ -113,8 +113,7 @@ def test_into_the_layer_before(kind, with_bias, rng, x64):
     close(got, want, kernel.size, size)
 
 
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("kind", AFTER)
+@pytest.mark.parametrize("kind, with_bias", checkerboard(AFTER, (False, True)))
 def test_into_the_layer_after(kind, with_bias, rng, x64):
     layer, x, shape, axes, in_axes, kept, groups = AFTER[kind]
     x, kernel = rng.normal(size=x), rng.normal(size=shape)

@@ -315,7 +315,7 @@ def test_nnx(batches, weights):
         model(x)
 
     before = jax.tree.structure(nnx.to_pure_dict(nnx.state(model)))
-    assert tools.recalibrate(step, model, batches, layer_by_layer=True) is model
+    model = tools.recalibrate(step, model, batches, layer_by_layer=True)
     assert jax.tree.structure(nnx.to_pure_dict(nnx.state(model))) == before and len(traced) == 2
 
     def found():
@@ -323,13 +323,12 @@ def test_nnx(batches, weights):
 
     check(found(), truth(batches, weights), batches)
     old = found()
-    tools.recalibrate(step, model, [b + 1 for b in batches], layers="norms/0")
+    model = tools.recalibrate(step, model, [b + 1 for b in batches], layers="norms/0")
     same({name: found()[name] for name in NAMES[1:]}, {name: old[name] for name in NAMES[1:]})
     np.testing.assert_allclose(found()[NAMES[0]]["mean"], old[NAMES[0]]["mean"] + 1, rtol=1e-5)
     frozen = tools.freeze(model, "norms/1")
     marked = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(frozen)))
-    tools.recalibrate(lambda m, x: m(x), frozen, batches[:1], layers="norms/0", others="batch")
-    new = nnx.to_pure_dict(nnx.state(frozen))
+    new = nnx.to_pure_dict(nnx.state(tools.recalibrate(lambda m, x: m(x), frozen, batches[:1], layers="norms/0", others="batch")))
     assert jax.tree.structure(new) == jax.tree.structure(marked)
     same([new["norms"][i] for i in (1, 2)], [marked["norms"][i] for i in (1, 2)])
     with refuses("layers='encoder'", "'norms/0', 'norms/1', 'norms/2'"):
@@ -355,7 +354,7 @@ def test_nnx_is_as_it_was_after_an_error(batches, weights):
 def test_nnx_resnet(rng):
     """As the one in Linen: evaluation of one batch that is all data has the batch's own statistics."""
     model, x = models.NNXResNet(jnx, nnx.Rngs(0)), rng.normal(size=(8, 8, 8, 3)).astype(np.float32)
-    tools.recalibrate(nnx.jit(lambda m, x: m(x)), model, [x[:3], x[3:]], layer_by_layer=True)
+    model = tools.recalibrate(nnx.jit(lambda m, x: m(x)), model, [x[:3], x[3:]], layer_by_layer=True)
     run = nnx.jit(lambda m, x: m(x))
     model.eval()
     evaluated = run(model, x)

@@ -90,8 +90,7 @@ def test_beside_what_normalizes(api, estimator, batches):
     if api == "nnx":
         model = Nnx(nnx.Rngs(0))
         before = jax.tree.map(jnp.shape, found(model))
-        tools.recalibrate(nnx.jit(lambda m, x: m(x)), model, batches, **options)
-        new = found(model)
+        new = found(tools.recalibrate(nnx.jit(lambda m, x: m(x)), model, batches, **options))
         assert jax.tree.map(jnp.shape, new) == before
     else:
         step, state = linen() if api == "linen" else (jax.jit(functions), start())

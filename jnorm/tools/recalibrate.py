@@ -42,10 +42,10 @@ def recalibrate(
 
     Args:
       step: `step(state, batch) -> state` runs the model in training mode on one batch and returns its new state; dropout is better off.
-        Its momentum and `running_var_correction` have no effect here. For an NNX model `step(model, batch)`, whose result is not looked
-        at.
+        Its momentum and `running_var_correction` have no effect here. For an NNX model `step(model, batch)`, which gets a
+        copy of it, and whose result is not looked at.
       state: any tree with states of running statistics in it: of pure functions, the collection "batch_stats" of Linen, or all of its
-        variables. Or an NNX model, whose norms are set.
+        variables. Or an NNX model.
       batches: at least one; they may be of different sizes. Or a function that gives an iterable of them.
       estimator: "pooled", "mean", "cumulative" or "exponential".
       momentum: of "exponential", from 0 to 1.
@@ -59,8 +59,8 @@ def recalibrate(
       progress: show a bar, on the standard error; needs rich.
 
     Returns:
-      A state as the given one, with the new mean and var; a "count" stays. A feature that no batch counted keeps what it had. For an NNX
-      model that model, whose statistics are as they were where this is left by an error.
+      A state as the given one, with the new mean and var; a "count" stays. A feature that no batch counted keeps what it had. Of an
+      NNX model a copy, which has the new statistics.
 
     Raises:
       ValueError: no batches, or none left for the second pass; no running statistics in the tree; `layers` that match none; a norm that saw
@@ -101,12 +101,13 @@ def recalibrate(
     passes = Passes(estimator, momentum, layers, others, layer_by_layer, tolerance, progress)
     if not isinstance(state, nnx.Module):
         return passes.run(step, state, batches)
-    with borrowed(state) as (norms, before):
+    model = nnx.clone(state)
+    with borrowed(model) as (norms, before):
 
         def run(states: Any, batch: Any) -> Any:
             write_states(norms, states)
-            step(state, batch)
+            step(model, batch)
             return read_states(norms)
 
         write_states(norms, passes.run(run, before, batches))
-    return state
+    return model
