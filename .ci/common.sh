@@ -138,27 +138,33 @@ build_docs() {
   show_and_run "$tools/sphinx-build" -W --keep-going -n -q -b html docs "$out/docs"
 }
 
-# readme_tests MARKERS: the README's test command as it stands; PyTorch and pyright are installed beforehand, so that their tests are not
-# skipped.
+# readme_tests MARKERS: the README's test command as it stands; pyright and the other libraries are installed beforehand, so that their
+# tests are not skipped.
 readme_tests() {
-  stage "the README's test command, newest JAX, with PyTorch (-m '$1')"
+  stage "the README's test command, newest JAX, with PyTorch, Keras, Haiku and Equinox (-m '$1')"
   [ -x .venv/bin/python ] || python -m venv .venv
-  .venv/bin/python -m pip install "$torch" "$pyright"
+  .venv/bin/python -m pip install "$torch" "$pyright" keras dm-haiku equinox
   PYTEST_ADDOPTS="-m '$1' -rs --durations=15 --junitxml=$out/newest.xml" run_readme_command 2
   .venv/bin/python -c 'import jax, torch; print("tested with jax", jax.__version__, "and torch", torch.__version__)'
-  torch_tests_ran "$out/newest.xml"
+  tests_ran "$out/newest.xml" test_torch test_convert test_port_from_torch
 }
 
-torch_tests_ran() {
-  stage "the PyTorch tests were not skipped"
-  "$tools/python" - "$1" <<'PYTHON'
+# tests_ran REPORT FILE...: tests of files whose names begin so were there, and none was skipped.
+tests_ran() {
+  stage "the tests with other libraries were not skipped"
+  "$tools/python" - "$@" <<'PYTHON'
 import sys
 import xml.etree.ElementTree as ET
 
-cases = [c for c in ET.parse(sys.argv[1]).iter("testcase") if "test_torch" in f"{c.get('classname')}.{c.get('name')}"]
-skipped = [c for c in cases if any(s.get("type") != "pytest.xfail" for s in c.iter("skipped"))]
-print(f"test_torch: {len(cases)} tests, {len(skipped)} skipped")
-sys.exit(not cases or bool(skipped))
+report, *files = sys.argv[1:]
+cases = {name: [] for name in files}
+for case in ET.parse(report).iter("testcase"):
+    file = next((part for part in case.get("classname").split(".") if part.startswith("test_")), "")
+    for name in files:
+        if file.startswith(name):
+            cases[name].append(any(s.get("type") != "pytest.xfail" for s in case.iter("skipped")))
+print(*(f"{name}: {len(skipped)} tests, {sum(skipped)} skipped" for name, skipped in cases.items()), sep="\n")
+sys.exit(any(not skipped or any(skipped) for skipped in cases.values()))
 PYTHON
 }
 
@@ -225,6 +231,15 @@ compare_norms() {
   show_and_run "$tools/python" examples/compare_norms.py --out "$out/compare-norms" "$@"
   test "$(ls "$out"/compare-norms/*.png | wc -l)" -eq 6
   test -s "$out/compare-norms/tables.md"
+}
+
+# tool_examples ARGUMENT...: what the tools are for, shown on real models.
+tool_examples() {
+  stage "a model from PyTorch, and a diagnosis"
+  show_and_run "$tools/python" -m pip install "$torch"
+  show_and_run "$tools/python" examples/port_from_torch.py "$@"
+  show_and_run "$tools/python" examples/diagnose.py --plot "$out/diagnosis.png" "$@"
+  test -s "$out/diagnosis.png"
 }
 
 benchmarks() {

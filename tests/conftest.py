@@ -59,11 +59,22 @@ def x64():
 
 @pytest.fixture
 def unoptimized():
-    """For derivatives of second order, which run once: LLVM takes longer to optimize such a program than all the rest together."""
+    """For programs that run once: LLVM takes longer to optimize one than it saves, and than all the rest together in second derivatives."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+# Files of programs that run once or twice. Those that look at rounding, memory, or the program itself are for the compiler as it is.
+COMPILED_FAST = ("transforms", "modules", "linen", "nnx", "devices", "blend", "convert", "fine_tuning", "fold", "freeze", "inspect")
+COMPILED_FAST += ("param_masks", "recalibrate", "replace_norms", "tools_scale")
+
+
+@pytest.fixture(autouse=True)
+def _compiled_fast(request):
+    if request.path.stem.removeprefix("test_").startswith(COMPILED_FAST):
+        request.getfixturevalue("unoptimized")
 
 
 @pytest.fixture(autouse=True)
