@@ -88,7 +88,7 @@ sys.exit(jnorm.kernels_status().active != sys.argv[1])' "$2")
 # The native kernels are compiled here, once: what is installed from this tree later finds them in build/.
 install_tools() {
   stage "virtual environment for the tools, the examples and the benchmarks"
-  fresh_venv .ci/venv -e ".[dev]"
+  fresh_venv .ci/venv -e ".[dev]" "$torch"
   kernels_are "$tools/python" native
   show_and_run "$tools/python" .ci/native_symbols.py build/native-*
 }
@@ -236,7 +236,6 @@ compare_norms() {
 # tool_examples ARGUMENT...: what the tools are for, shown on real models.
 tool_examples() {
   stage "a model from PyTorch, and a diagnosis"
-  show_and_run "$tools/python" -m pip install "$torch"
   show_and_run "$tools/python" examples/port_from_torch.py "$@"
   show_and_run "$tools/python" examples/diagnose.py --plot "$out/diagnosis.png" "$@"
   test -s "$out/diagnosis.png"
