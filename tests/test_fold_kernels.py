@@ -209,6 +209,11 @@ BAD = {
     "scale": (lambda: tools.fold_into_previous(KERNEL, None, STATE, np.ones(5)), ["scale", "(6,)", "(5,)"]),
     "norm bias": (lambda: tools.fold_into_next(np.ones((6, 3)), None, STATE, None, np.ones(())), ["norm_bias", "(6,)", "()"]),
     "no state": (lambda: tools.fold_into_previous(KERNEL, None, {"var": np.ones(6)}), ["state", "mean"]),
+    "axes of no bias": (lambda: tools.fold_into_previous(KERNEL, None, STATE, bias_axes=0), ["bias_axes=0", "no bias"]),
+    "no groups": (lambda: tools.fold_into_next(np.ones((6, 3)), None, STATE, groups=0), ["groups", "at least 1", "0"]),
+    "groups below zero": (lambda: tools.fold_into_next(np.ones((6, 3)), None, STATE, groups=-1), ["groups", "-1"]),
+    "one axis for both": (lambda: tools.fold_into_next(np.ones((6, 6)), None, STATE, input_axes=1), ["input_axes=1", "output_axes=-1", "[1]"]),
+    "epsilon": (lambda: tools.fold_into_previous(KERNEL, None, STATE, epsilon=-5.0), ["epsilon", "-5.0"]),
     "an axis that is not there": (lambda: tools.fold_into_previous(KERNEL, None, STATE, output_axes=4), ["output_axes", "4"]),
 }
 
@@ -217,3 +222,33 @@ BAD = {
 def test_refusals(call, fragments):
     with refuses(*fragments):
         call()
+
+
+COMPLEX = np.ones(6, np.complex64)
+BAD_DTYPES = {
+    "kernel before": (lambda: tools.fold_into_previous(np.ones((3, 6), np.int32), None, STATE), ["kernel must be floating", "int32"]),
+    "bias before": (lambda: tools.fold_into_previous(KERNEL, [0] * 6, STATE), ["bias must be floating", "int32"]),
+    "kernel after": (lambda: tools.fold_into_next(np.ones((6, 3), np.int8), None, STATE), ["kernel must be floating", "int8"]),
+    "bias after": (lambda: tools.fold_into_next(np.ones((6, 2)), [0, 0], STATE), ["bias must be floating", "int32"]),
+    "complex scale": (lambda: tools.fold_into_previous(KERNEL, None, STATE, COMPLEX), ["complex scale", "kernel is real"]),
+    "complex map": (lambda: tools.fold_into_previous(KERNEL, np.ones(6), {**STATE, "mean": COMPLEX}), ["complex", "bias is real"]),
+    "complex kernel": (lambda: tools.fold_into_next(np.ones((6, 2), np.complex64), np.ones(2), STATE), ["complex64", "bias is real"]),
+    "epsilon": (lambda: tools.fold_into_next(np.ones((6, 3)), None, STATE, epsilon=None), ["epsilon", "None"]),
+}
+
+
+@pytest.mark.parametrize("call, fragments", BAD_DTYPES.values(), ids=BAD_DTYPES)
+def test_refusals_of_dtypes(call, fragments):
+    with refuses(*fragments, kind=TypeError):
+        call()
+
+
+def test_a_new_bias_is_complex_where_the_norm_is(rng):
+    state, _, _ = draw(rng, 3, np.float32)
+    kernel, shift = rng.normal(size=(3, 3)).astype(np.float32), rng.normal(size=3).astype(np.complex64) * (1 + 2j)
+    mul = 1 / np.sqrt(oracles.wide(state["var"]) + EPSILON)
+    want = shift - oracles.wide(state["mean"]) * mul
+    for fold, want_bias in ((tools.fold_into_previous, want), (tools.fold_into_next, want @ oracles.wide(kernel))):
+        new, bias = fold(kernel, None, state, None, shift, epsilon=EPSILON)
+        assert (new.dtype, bias.dtype) == (np.float32, np.complex64)
+        np.testing.assert_allclose(bias, want_bias, rtol=0, atol=1e-5)

@@ -6,8 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from .._pipeline.arguments import check_epsilon
 from .._pipeline.axes import canonical_axes
 from ..typing import Axes
 from ._fold.maps import EvaluationMap, evaluation_map, folding_dtype, into_next, into_previous, plus
@@ -109,10 +111,12 @@ def fold_into_previous(
       bias_axes: the bias's axes of the same features; None: its last ones.
 
     Returns:
-      The new kernel, of the kernel's dtype, and the new bias, of the bias's or else the kernel's.
+      The new kernel, of the kernel's dtype, and the new bias, of the bias's or else the kernel's; a new bias is complex where the norm's
+      mean, scale or bias is.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes, axes, groups or an epsilon that do not fit.
+      TypeError: a kernel or bias that is not floating, or real where it would become complex.
 
     Numerics:
       In at least float32, and float64 where anything given is; rounded once.
@@ -131,6 +135,8 @@ def fold_into_previous(
     norm, dtype = _map_of(kernel, bias, state, scale, norm_bias, epsilon)
     _check_features(norm, kernel, axes, "output_axes")
     of_bias: Sequence[int] = ()
+    if bias is None and bias_axes is not None:
+        raise ValueError(f"bias_axes={bias_axes!r} are given, but no bias.")
     if bias is not None:
         last = tuple(range(jnp.ndim(bias) - len(axes), jnp.ndim(bias)))
         of_bias = last if bias_axes is None else canonical_axes(bias_axes, jnp.ndim(bias), "bias_axes", "bias")
@@ -138,7 +144,7 @@ def fold_into_previous(
             raise ValueError(f"the bias of shape {jnp.shape(bias)} does not have the features of the kernel of shape {jnp.shape(kernel)}.")
     wide = None if bias is None else jnp.asarray(bias).astype(dtype)
     new, added = into_previous(jnp.asarray(kernel).astype(dtype), wide, norm, axes, of_bias)
-    return _narrowed(new, kernel), _narrowed(added, kernel if bias is None else bias)
+    return _narrowed(new, kernel), _narrowed_bias(added, kernel, bias, state, scale, norm_bias)
 
 
 def fold_into_next(
@@ -176,10 +182,12 @@ def fold_into_next(
         features for a depthwise one.
 
     Returns:
-      The new kernel, of the kernel's dtype, and the new bias, of the bias's or else the kernel's.
+      The new kernel, of the kernel's dtype, and the new bias, of the bias's or else the kernel's; a new bias is complex where the norm's
+      mean, scale or bias is.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes, axes, groups or an epsilon that do not fit.
+      TypeError: a kernel or bias that is not floating, or real where it would become complex.
 
     Numerics:
       As for :func:`fold_into_previous`.
@@ -196,7 +204,13 @@ def fold_into_next(
     """
     axes = canonical_axes(input_axes, jnp.ndim(kernel), "input_axes", "kernel")
     kept = canonical_axes(output_axes, jnp.ndim(kernel), "output_axes", "kernel")
+    if common := set(axes) & set(kept):
+        raise ValueError(f"input_axes={input_axes!r} and output_axes={output_axes!r} have the kernel's axes {sorted(common)} in common.")
+    if isinstance(groups, bool) or not isinstance(groups, int | np.integer) or groups < 1:
+        raise ValueError(f"groups must be a whole number of at least 1, got {groups!r}.")
     norm, dtype = _map_of(kernel, bias, state, scale, norm_bias, epsilon)
+    if bias is not None and jnp.iscomplexobj(kernel) and not jnp.iscomplexobj(bias):
+        raise TypeError(f"with a kernel of {jnp.asarray(kernel).dtype} what is added to the bias is complex, but the bias is real: widen it.")
     if groups != 1 and (len(axes), len(kept)) != (1, 1):
         raise ValueError(f"with groups={groups} there is one axis of inputs and one of outputs, got {input_axes!r} and {output_axes!r}.")
     if groups != 1 and jnp.shape(kernel)[kept[0]] % groups:
@@ -207,18 +221,25 @@ def fold_into_next(
         raise ValueError(f"the bias must have the shape of the kernel's outputs, {shape}, got {jnp.shape(bias)}.")
     new, added = into_next(jnp.asarray(kernel).astype(dtype), norm, axes, kept, groups)
     added = added if bias is None else plus(jnp.asarray(bias).astype(dtype), added, range(len(kept)))
-    return _narrowed(new, kernel), _narrowed(added, kernel if bias is None else bias)
+    return _narrowed(new, kernel), _narrowed_bias(added, kernel, bias, state, scale, norm_bias)
 
 
 def _map_of(kernel: Any, bias: Any, state: Any, scale: Any, norm_bias: Any, epsilon: Any) -> tuple[EvaluationMap, Any]:
     if not isinstance(state, Mapping) or "mean" not in state:
         raise ValueError(f"state must be that of a norm with running statistics, with 'mean' in it, got {state!r:.200}.")
+    for name, a in (("kernel", kernel), ("bias", bias)):
+        if a is not None and not jnp.issubdtype(jnp.asarray(a).dtype, jnp.inexact):
+            raise TypeError(f"{name} must be floating, got {jnp.asarray(a).dtype}.")
+    if _any_complex(scale) and not _any_complex(kernel):
+        raise TypeError("with a complex scale the new kernel is complex, but the kernel is real: widen it.")
+    if bias is not None and _any_complex(state["mean"], scale, norm_bias) and not _any_complex(bias):
+        raise TypeError("the norm's mean, scale or norm_bias is complex, and so is the new bias, but the bias is real: widen it.")
     shape = jnp.shape(state["mean"])
     for name, value in {**{key: state[key] for key in ("var", "std") if key in state}, "scale": scale, "norm_bias": norm_bias}.items():
         if value is not None and jnp.shape(value) != shape:
             raise ValueError(f"{name} must have the shape of the mean, {shape}, got {jnp.shape(value)}.")
     dtype = folding_dtype(kernel, bias, scale, norm_bias, *(state[key] for key in ("mean", "var", "std") if key in state))
-    return evaluation_map(state, scale, norm_bias, epsilon, dtype), dtype
+    return evaluation_map(state, scale, norm_bias, check_epsilon(epsilon), dtype), dtype
 
 
 def _check_features(norm: EvaluationMap, kernel: Any, axes: Sequence[int], name: str, groups: int = 1) -> None:
@@ -231,5 +252,17 @@ def _check_features(norm: EvaluationMap, kernel: Any, axes: Sequence[int], name:
         )
 
 
+def _any_complex(*arrays: Any) -> bool:
+    return any(jnp.iscomplexobj(a) for a in arrays if a is not None)
+
+
 def _narrowed(a: jax.Array, like: Any) -> jax.Array:
-    return a.astype(jnp.asarray(like).dtype)
+    dtype = jnp.asarray(like).dtype
+    return (a if jnp.issubdtype(dtype, jnp.complexfloating) else a.real).astype(dtype)
+
+
+def _narrowed_bias(new: jax.Array, kernel: Any, bias: Any, state: Any, scale: Any, norm_bias: Any) -> jax.Array:
+    """Of the bias's dtype; where there was none of the kernel's, but complex where the norm's map is."""
+    if bias is None and _any_complex(state["mean"], scale, norm_bias) and not _any_complex(kernel):
+        return new
+    return _narrowed(new, kernel if bias is None else bias)
