@@ -142,7 +142,8 @@ def folded_values(
 def _folded(used: Any, pairs: list[Pair], calls: Calls, variables: Any) -> Any:
     dtypes, shifts = {key: jnp.asarray(a).dtype for key, a in used.items()}, {}
     wide: dict[Key, Any] = {}
-    for pair in pairs:
+    # Norms after a layer first: they scale its kernel, of which a norm before it then makes the bias that it brings.
+    for pair in sorted(pairs, key=lambda p: p.direction == "next"):
         layer, norm = pair.layer, calls.norms[pair.norm]
         state = state_of(norm, variables[pair.norm])
         kernel, bias = (wide.get(key, used.get(key)) for key in (layer.kernel, layer.bias))
