@@ -9,7 +9,9 @@ from flax import nnx
 import jnorm
 import jnorm.linen as jnn
 import jnorm.nnx as jnx
+from jnorm import tools
 from jnorm.tools import _layers
+from jnorm.tools.convert import _trees
 from refusals import refuses
 
 PATHS = ["norm", "encoder/0/norm", "encoder/10/norm", "head/norm_2"]
@@ -81,3 +83,25 @@ def test_norms_of_nnx():
     assert list(_layers.nnx_norms(model.layers[1])) == [""]
     with refuses("there is no norm with running statistics in the model"):
         _layers.nnx_norms(model.layers[0], _layers.RUNNING_NNX)
+
+
+class Biased(nn.Module):
+    """A norm that only its class tells."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnn.BatchNorm(use_running_average=True, use_scale=False)(nn.Dense(2)(x))
+
+
+def test_compiled_before_it_was_looked_into():
+    """What `nn.jit` and `jax.jit` have traced already is not called again, unless it is traced anew."""
+    x, model = jnp.ones((3, 2)), nn.jit(Biased)()
+    variables = model.init(jax.random.key(0), x)
+    model.apply(variables, x)
+    call = jax.jit(lambda params: model.apply({**variables, "params": params}, x))
+    call(variables["params"])
+    for _ in range(2):
+        assert list(_layers.linen_norms(model, variables, x)) == ["BatchNorm_0"]
+        assert tools.fold(model, variables, x).report.folded == {"BatchNorm_0": "Dense_0"}
+        assert tools.norm_param_mask(variables["params"], call=call)["BatchNorm_0"] == {"bias": True}
+        assert set(_trees.of_linen_model(model, variables, (x,), {}).layers) == {"Dense_0", "BatchNorm_0"}

@@ -1,6 +1,7 @@
 """Where the norms of a model are: states in a tree of variables, modules of Linen or NNX; and the choice of some of them by path."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,6 +13,8 @@ from flax import nnx
 from .. import linen as jnn
 from .. import nnx as jnx
 
+# Made once, since a context more makes JAX compile anew all that it had compiled before.
+_TRACE = jax.make_user_context(None)
 Layers = str | Iterable[str] | Callable[[str], bool]
 # The classes with running statistics.
 RUNNING = (
@@ -148,8 +151,14 @@ def called_norms(call: Callable[..., Any], *args: Any, classes: tuple[type, ...]
         with nn.intercept_methods(note):
             return call(*args)
 
-    jax.eval_shape(run, *args)
+    with freshly_traced():
+        jax.eval_shape(run, *args)
     return norms
+
+
+def freshly_traced() -> AbstractContextManager:
+    """What is compiled inside of a function (`jax.jit`, `nn.jit`) is traced again in it, so that no cache hides the calls of modules."""
+    return _TRACE(object())
 
 
 def put_modules(node: Any, replaced: Mapping[int, Any], seen: set[int] | None = None) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
+from .._layers import freshly_traced
 from .calls import Calls, state_of
 from .graph import Graph, graph_of
 from .maps import along, evaluation_map, folding_dtype, into_next, into_previous, plus
@@ -54,7 +55,8 @@ def trace(run: Callable[..., Any], tree: Any, args: tuple, kwargs: dict, name_of
         out = run(tree, *jax.tree.unflatten(structure, given))
         return [leaf for leaf in jax.tree.leaves(out) if hasattr(leaf, "dtype")]
 
-    closed = jax.make_jaxpr(traced)(tree, [leaves[i] for i in dynamic])
+    with freshly_traced():
+        closed = jax.make_jaxpr(traced)(tree, [leaves[i] for i in dynamic])
     keys = [key_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return graph_of(closed, [name_of(k) for k in keys])
 
