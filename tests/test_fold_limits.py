@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import jnorm.nnx as jnx
 from jnorm import tools
 from test_fold import IMAGE, Net, check_nnx, norm, ready, rngs
 
@@ -34,3 +33,29 @@ def test_what_lies_between_a_layer_and_the_second_norm(call, rng, x64):
     """The bias that the first norm brings is scaled as the kernel is."""
     model = ready(Net(call, a=norm(3), conv=conv(3, 4, use_bias=False), b=norm(4), bias=nnx.Param(jnp.ones((1, 4)))), rng)
     check_nnx(model, jnp.asarray(rng.normal(size=IMAGE)), {"a": "conv", "b": "conv"})
+
+
+# --- What stays ---------------------------------------------------------------------------------------------------------------
+
+
+def kept(call, *fragments, x=None, **modules):
+    """That the norm "n" stays, with a reason that says this."""
+    model = Net(call, n=norm(3), **modules)
+    model.eval()
+    _, report = tools.fold(model, jnp.ones((2, 3)) if x is None else x)
+    assert "n" in report.kept and all(f in report.kept["n"] for f in fragments), str(report)
+
+
+def also_looped(net, x):
+    x = net.n(net.layer(x))
+    return jax.lax.fori_loop(0, 2, lambda i, x: net.n(jnp.tanh(x)), x)
+
+
+def also_in_a_branch(net, x):
+    x = net.n(net.layer(x))
+    return jax.lax.cond(x.sum() > 0, lambda x: net.n(jnp.tanh(x)), lambda x: x, x)
+
+
+@pytest.mark.parametrize("call, body", [(also_looped, "scan"), (also_in_a_branch, "cond")], ids=["loop", "branch"])
+def test_a_norm_that_is_called_in_a_body_too(call, body):
+    kept(call, f"in the body of a {body}", layer=nnx.Linear(3, 3, rngs=rngs()))

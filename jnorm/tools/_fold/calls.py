@@ -105,12 +105,11 @@ class Calls:
         """The one call of a norm that may be folded."""
         if self.reasons.get(path) is not None:
             raise KeptError(self.reasons[path])
+        if hidden := graph.hidden_in(path):
+            raise KeptError(f"it is called in the body of a {hidden}")
         found = graph.marks(path, "in")
-        if len(found) > 1:
-            raise KeptError(f"it is called {len(found)} times")
-        if not found:
-            hidden = graph.hidden_in(path)
-            raise KeptError(f"it is called in the body of a {hidden}" if hidden else "what it gives out is not used")
+        if len(found) != 1:
+            raise KeptError(f"it is called {len(found)} times" if found else "what it gives out is not used")
         if found[0].params["mapped"]:
             raise KeptError("it is called under vmap")
         return self.seen[path]
