@@ -59,3 +59,34 @@ def also_in_a_branch(net, x):
 @pytest.mark.parametrize("call, body", [(also_looped, "scan"), (also_in_a_branch, "cond")], ids=["loop", "branch"])
 def test_a_norm_that_is_called_in_a_body_too(call, body):
     kept(call, f"in the body of a {body}", layer=nnx.Linear(3, 3, rngs=rngs()))
+
+
+VALID = {"window_strides": (1, 1), "padding": "VALID", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+
+def spread_window(net, x):
+    return jax.lax.conv_general_dilated(net.n(x), jnp.broadcast_to(net.kernel[...], (2, 2, 3, 4)), **VALID) + net.bias[...]
+
+
+def spread_einsum(net, x):
+    return jnp.einsum("btc,tco->bo", net.n(x), jnp.broadcast_to(net.kernel[...], (5, 3, 4))) + net.bias[...]
+
+
+@pytest.mark.parametrize(
+    "call, kernel, bias, shape",
+    [(spread_window, (1, 1, 3, 4), (1, 1, 1, 4), (2, 6, 6, 3)), (spread_einsum, (1, 3, 4), (1, 4), (2, 5, 3))],
+    ids=["window", "einsum"],
+)
+def test_a_kernel_that_is_spread_along_what_is_summed_over(call, kernel, bias, shape):
+    """The sum over the parameter is not the sum over what goes into the product."""
+    kept(call, "repeated", x=jnp.ones(shape), kernel=nnx.Param(jnp.ones(kernel)), bias=nnx.Param(jnp.ones(bias)))
+
+
+def test_a_kernel_whose_axes_of_one_are_added(rng, x64):
+    """That is not spread."""
+
+    def call(net, x):
+        return jax.lax.conv_general_dilated(net.n(x), net.kernel[...][None, None], **VALID) + net.bias[...]
+
+    model = ready(Net(call, n=norm(3), kernel=nnx.Param(jnp.ones((3, 4))), bias=nnx.Param(jnp.ones((1, 1, 1, 4)))), rng)
+    check_nnx(model, jnp.asarray(rng.normal(size=IMAGE)), {"n": ""})

@@ -1,6 +1,7 @@
 """From a norm to the linear layer before or after it, in the graph of a traced model."""
 
 import dataclasses
+import math
 from typing import Any
 
 from .graph import Graph, Step, Value
@@ -97,6 +98,8 @@ def layer_after(graph: Graph, end: Step, features: Axes) -> Layer:
     kernel, (places, *kept), masked = _kernel(step, weight, queries)
     if masked:
         raise KeptError("the layer after it masks its kernel")
+    if math.prod(graph.leaves[kernel].shape) != math.prod(step.inputs[weight].shape):
+        raise KeptError("in the layer after it the parameter is repeated along other axes of the kernel")
     bias, bias_axes = _bias_after(step.outputs[0], [(a,) for a in from_output])
     groups = step.params.get("feature_group_count", 1)
     return Layer(kernel, places, tuple(a for k in kept for a in k), bias, bias_axes, groups)
