@@ -90,3 +90,20 @@ def test_a_kernel_whose_axes_of_one_are_added(rng, x64):
 
     model = ready(Net(call, n=norm(3), kernel=nnx.Param(jnp.ones((3, 4))), bias=nnx.Param(jnp.ones((1, 1, 1, 4)))), rng)
     check_nnx(model, jnp.asarray(rng.normal(size=IMAGE)), {"n": ""})
+
+
+def masked_bias(net, x):
+    return net.n(x @ net.layer.kernel[...] + net.layer.bias[...] * net.mask[...])
+
+
+def masked_bias_after(net, x):
+    return net.n(x) @ net.layer.kernel[...] + net.layer.bias[...] * net.mask[...]
+
+
+@pytest.mark.parametrize("call", [masked_bias, masked_bias_after], ids=["before", "after"])
+def test_a_masked_bias(call):
+    """What is added to it would be masked too."""
+    mask = nnx.BatchStat(jnp.array([[1.0, 0.0, 1.0]]))
+    layer = nnx.Linear(3, 3, rngs=rngs())
+    layer.bias = nnx.Param(jnp.ones((1, 3)))
+    kept(call, "masks its bias", layer=layer, mask=mask)

@@ -144,6 +144,8 @@ def _bias_of(step: Step, queries: list[Axes]) -> tuple[Any, list[Axes], Value] |
         if _is_spread(operand, queries, step.outputs[0]):
             continue
         found = to_leaf(operand, queries)
+        if found is not None and found[2]:
+            raise KeptError("the layer beside it masks its bias")
         if found is not None:
             return found[0], found[1], other
     return None
