@@ -47,6 +47,7 @@ def test_states_in_a_tree():
     assert _layers.state_paths(state) == ["a/0"] and _layers.state_paths(state["a"][0]) == [""]
     changed = _layers.map_states(lambda s: {**s, "mean": s["mean"] + 1}, state)
     assert changed["a"][0]["mean"] == 1 and changed["features"]["mean"] == 0 and changed["a"][1] is not None
+    assert _layers.is_state(jnorm.batch_norm_state((), track_count=True))
     with refuses("matches none of the states: 'a/0'"):
         _layers.map_states(lambda s: s, state, layers="b")
     with refuses("there are no running statistics"):

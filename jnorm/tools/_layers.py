@@ -67,10 +67,16 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def is_state(node: Any) -> bool:
-    """Of running statistics; a count of the mean's own shape is that of `feature_statistics`, which are of all data already."""
+    """Of running statistics; a count of the mean's own shape is that of `feature_statistics`, which are of all data already.
+
+    Where both are scalars nothing tells them apart, and they are taken for running ones.
+    """
     if not isinstance(node, Mapping) or "mean" not in node or any(isinstance(v, Mapping) for v in node.values()):
         return False
-    return "count" not in node or jnp.shape(node["count"]) != jnp.shape(node["mean"])
+    if "count" not in node:
+        return True
+    shape = jnp.shape(node["count"])
+    return not shape or shape != jnp.shape(node["mean"])
 
 
 def path_text(path: Any) -> str:
