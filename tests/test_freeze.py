@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import distributed
@@ -382,6 +383,41 @@ def test_marks_are_like_the_mean():
     layer = jnx.BatchNorm(C, rngs=nnx.Rngs(0))
     layer.mean = nnx.BatchStat(layer.mean[...], note="of the mean")
     assert tools.freeze(layer).frozen_updates.get_metadata("note") == "of the mean"
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64])
+def test_abstract_ones(dtype):
+    """As those that a checkpoint is loaded into: of the shapes, dtypes and shardings that real ones have."""
+    sharding = NamedSharding(distributed.mesh_of(), P("d"))
+    state = {
+        "norm": jax.device_put(jnorm.batch_norm_state(8, track_count=True, dtype=dtype), {"mean": sharding, "var": sharding, "count": None})
+    }
+    like = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)  # noqa: E731
+    frozen = tools.freeze(like(state))
+    assert frozen == like(tools.freeze(state)) and frozen["norm"]["frozen_updates"].sharding == sharding
+    assert tools.thaw(frozen) == like(state)
+    assert jax.eval_shape(tools.freeze, state)["norm"].keys() == frozen["norm"].keys()
+
+
+def test_abstract_models():
+    make = lambda: nnx.Sequential(jnx.BatchNorm(C, track_count=True, rngs=nnx.Rngs(0)))  # noqa: E731
+    abstract = tools.freeze(nnx.eval_shape(make))
+    graphdef, want = nnx.split(abstract)
+    real = nnx.state(tools.freeze(make()))
+    assert jax.tree.structure(want) == jax.tree.structure(real)
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(want)] == [(a.shape, a.dtype) for a in jax.tree.leaves(real)]
+    x = inputs()["x"]
+    np.testing.assert_allclose(nnx.merge(graphdef, real)(x), x, rtol=1e-5)
+    assert nnx.graphdef(tools.thaw(abstract)) == nnx.graphdef(make())
+
+
+def test_scalar_statistics():
+    """With a count, which has their shape then."""
+    state = jnorm.batch_norm_state((), track_count=True)
+    same(tools.thaw(tools.freeze({"a": state})), {"a": state})
+    assert set(tools.freeze(state)) == {*state, *MARKS}
+    with refuses("no running statistics"):
+        tools.freeze(jnorm.feature_statistics_state(3))
 
 
 def test_switches_are_thawed_apart():

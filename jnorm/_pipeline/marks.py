@@ -10,6 +10,7 @@ a marked state is carried, stacked, sharded and saved as any other is.
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
+import jax
 import jax.numpy as jnp
 
 from . import population
@@ -28,7 +29,14 @@ def marks_of(state: Any) -> dict[str, Any]:
 def marked(state: State, statistics: bool = True, updates: bool = True) -> State:
     """The state with these marks, beside those that it has."""
     keys = [key for key, wanted in ((STATISTICS, statistics), (UPDATES, updates)) if wanted and key not in state]
-    return cast(State, {**state, **{key: jnp.zeros_like(jnp.asarray(state["mean"]).real) for key in keys}})
+    return cast(State, {**state, **{key: _mark_beside(state["mean"]) for key in keys}})
+
+
+def _mark_beside(mean: Any) -> Any:
+    """Abstract where the mean is, as in a model to load a checkpoint into."""
+    if isinstance(mean, jax.ShapeDtypeStruct):
+        return mean.update(dtype=jax.eval_shape(jnp.real, mean).dtype)
+    return jnp.zeros_like(jnp.asarray(mean).real)
 
 
 def unmarked(state: State, statistics: bool = True, updates: bool = True) -> State:

@@ -25,7 +25,7 @@ def freeze(tree: Tree, layers: Layers | None = None, *, statistics: bool = True,
 
     Args:
       tree: states of running statistics: the state of one norm, any tree of them, the collection "batch_stats" of Linen or all variables of
-        a Linen model. Or an NNX model.
+        a Linen model. Or an NNX model. Either may be abstract (`jax.eval_shape`, `nnx.eval_shape`), to load a checkpoint into.
       layers: which norms, by their paths, such as "encoder/block_0/norm": a pattern ("*" stands for anything) or the path of something
         that they lie in, several of these, or a function from path to bool. None: all.
       statistics: the running statistics normalize, whatever `use_running_average` says. The norm is then an affine map, as in evaluation,
@@ -122,7 +122,7 @@ def _changed_module(model: nnx.Module, layers: Layers | None, change: Callable[[
             "model with jnorm.nnx.BatchNorm, which has its arguments and variables, or leave these out by layers."
         )
     for norm in some.values():
-        before = {key: v[...] for key, v in vars(norm).items() if isinstance(v, nnx.BatchStat)}
+        before = {key: v.get_value() for key, v in vars(norm).items() if isinstance(v, nnx.BatchStat)}
         after = change(before)
         for key in KEYS:
             if key in after and key not in before:
