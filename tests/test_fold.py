@@ -480,13 +480,13 @@ def test_a_layer_without_a_place_for_a_bias():
 
 def test_options_of_the_call_that_are_no_affine_map():
     calls = {
-        "mask": lambda net, x: net.norm(net.layer(x), mask=x > 0),
+        "called with fit": lambda net, x: net.features(net.layer(x), fit=True),
         "running statistics move": lambda net, x: net.norm(net.layer(x), update_running=True),
     }
     for reason, call in calls.items():
-        model = Net(call, layer=nnx.Linear(3, 3, rngs=rngs()), norm=norm(3))
+        model = Net(call, layer=nnx.Linear(3, 3, rngs=rngs()), norm=norm(3), features=jnx.FeatureStandardization(3))
         model.eval()
-        assert reason in tools.fold(model, jnp.ones((2, 3))).report.kept["norm"]
+        assert reason in tools.fold(model, jnp.ones((2, 3))).report.kept["features" if "fit" in reason else "norm"]
 
 
 def test_norms_that_are_no_affine_map():

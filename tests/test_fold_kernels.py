@@ -212,7 +212,10 @@ BAD = {
     "axes of no bias": (lambda: tools.fold_into_previous(KERNEL, None, STATE, bias_axes=0), ["bias_axes=0", "no bias"]),
     "no groups": (lambda: tools.fold_into_next(np.ones((6, 3)), None, STATE, groups=0), ["groups", "at least 1", "0"]),
     "groups below zero": (lambda: tools.fold_into_next(np.ones((6, 3)), None, STATE, groups=-1), ["groups", "-1"]),
-    "one axis for both": (lambda: tools.fold_into_next(np.ones((6, 6)), None, STATE, input_axes=1), ["input_axes=1", "output_axes=-1", "[1]"]),
+    "one axis for both": (
+        lambda: tools.fold_into_next(np.ones((6, 6)), None, STATE, input_axes=1),
+        ["input_axes=1", "output_axes=-1", "[1]"],
+    ),
     "epsilon": (lambda: tools.fold_into_previous(KERNEL, None, STATE, epsilon=-5.0), ["epsilon", "-5.0"]),
     "an axis that is not there": (lambda: tools.fold_into_previous(KERNEL, None, STATE, output_axes=4), ["output_axes", "4"]),
 }

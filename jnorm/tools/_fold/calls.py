@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ..._kernels._forms import activate
 from ..._norms.feature_standardization import divisor_of
-from ..._pipeline.marks import STATISTICS
+from ..._pipeline.marks import STATISTICS, UPDATES
 from .._layers import STATELESS
 from .graph import Graph, mark
 from .steps import KeptError
@@ -26,6 +26,7 @@ AFFINE = (
     "MeanOnlyBatchNorm",
     "TrackedInstanceNorm",
 )
+_SWITCHES = ("use_running_average", "update_running")
 _OTHERS = {
     "DivisiveBatchNorm": "it divides by what it finds around each value",
     "EvalNorm": "a sample's own statistics enter its evaluation",
@@ -72,14 +73,22 @@ class Calls:
         given = inspect.signature(type(norm).__call__).bind(norm, *args, **kwargs).arguments
         name, x = next(item for item in given.items() if item[0] != "self")
         x = jnp.asarray(x)
-        if not self._evaluates(norm, given):
+        if _is_linen(norm) and not norm.has_variable("batch_stats", "mean"):
+            raise ValueError(f"the norm {path!r} has no running statistics in the variables that were given: give all collections.")
+        evaluates, updates = _switches(norm, given)
+        if not evaluates:
             raise ValueError(
                 f"fold needs the model as it evaluates, but the norm {path!r} was called with use_running_average=False: {self.remedy}."
             )
-        options = {key for key in ("mask", "statistics", "fit") if given.get(key) is not None and given.get(key) is not False}
+        if updates and _is_linen(norm):
+            raise ValueError(
+                f"fold needs the model as it evaluates, but the running statistics of {path!r} move in this call: {self.remedy}."
+            )
+        # A mask tells what enters the statistics of x, of which evaluation takes none.
+        options = {key for key in ("statistics", "fit") if given.get(key) is not None and given.get(key) is not False}
         if options:
             self.reasons[path] = f"it is called with {' and '.join(sorted(options))}"
-        elif _updates(norm, given):
+        elif updates:
             self.reasons[path] = "its running statistics move in this call"
         if has_layer(norm):
             # What it does after its layer is told apart; the rest of its own way there is used by nothing.
@@ -94,17 +103,12 @@ class Calls:
         self.seen[path] = Call(x.shape, features, out.dtype, alone)
         return mark(out, path, "out")
 
-    @staticmethod
-    def _evaluates(norm: Any, given: dict[str, Any]) -> bool:
-        if type(norm).__name__ == "FeatureStandardization" or _has(norm, STATISTICS):
-            return True
-        asked = given.get("use_running_average")
-        return bool(norm.use_running_average if asked is None else asked)
-
     def check(self, graph: Graph, path: str) -> Call:
         """The one call of a norm that may be folded."""
         if self.reasons.get(path) is not None:
             raise KeptError(self.reasons[path])
+        if path not in self.seen:
+            raise KeptError("it is not called")
         if hidden := graph.hidden_in(path):
             raise KeptError(f"it is called in the body of a {hidden}")
         found = graph.marks(path, "in")
@@ -120,13 +124,23 @@ def has_layer(norm: Any) -> bool:
     return type(norm).__name__ == "CrossIterationBatchNorm"
 
 
+def _is_linen(norm: Any) -> bool:
+    return hasattr(norm, "has_variable")
+
+
 def _has(norm: Any, key: str) -> bool:
-    return norm.has_variable("batch_stats", key) if hasattr(norm, "has_variable") else hasattr(norm, key)
+    return norm.has_variable("batch_stats", key) if _is_linen(norm) else hasattr(norm, key)
 
 
-def _updates(norm: Any, given: dict[str, Any]) -> bool:
-    asked = given.get("update_running")
-    return bool(getattr(norm, "update_running", None) if asked is None else asked)
+def _switches(norm: Any, given: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether running statistics normalize, and whether they move, in this call. Flax's own norms know no marks and no `update_running`."""
+    if type(norm).__name__ == "FeatureStandardization":
+        return True, bool(given.get("fit"))
+    evaluates, moves = (getattr(norm, name, None) if given.get(name) is None else given[name] for name in _SWITCHES)
+    moves = not evaluates if moves is None else moves
+    if not hasattr(norm, "update_running"):
+        return bool(evaluates), bool(moves)
+    return bool(evaluates) or _has(norm, STATISTICS), bool(moves) and not _has(norm, UPDATES)
 
 
 def state_of(norm: Any, variables: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,8 @@ class FoldedLinen:
                 return _finished(module, left[path], *args, **kwargs)
             if path in self.plain:
                 return _unwrapped(module, args, kwargs)
-            return _with_bias(module, call, args, kwargs) if path in self.biased else call(*args, **kwargs)
+            biased = path in self.biased and type(module) in _LAYERS  # beside which another may share its scope
+            return _with_bias(module, call, args, kwargs) if biased else call(*args, **kwargs)
 
         with nn.intercept_methods(intercept):
             return self.model.apply(self.variables, *args, **kwargs)
@@ -104,10 +105,16 @@ def _with_bias(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: A
 
 def fold_linen(model: nn.Module, variables: Any, args: tuple, kwargs: dict, layers: Layers | None) -> FoldedLinen:
     """:func:`jnorm.tools.fold` of a Linen model."""
+    if wrong := {"mutable", "capture_intermediates"} & set(kwargs):
+        raise TypeError(f"fold takes no {' and '.join(sorted(wrong))}: give it to the `apply` of what fold returns.")
+    if not {"params", "batch_stats"} & set(variables):
+        raise ValueError(f"fold takes all variables of a Linen model, {{'params': ..., 'batch_stats': ...}}, got {sorted(variables)}.")
     calls, owners, wrappers = Calls("pass train=False, or whatever the model calls it"), {}, {}
+    kinds: dict[str, set[type]] = {}
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module, path = context.module, "/".join(context.module.path)
+        kinds.setdefault(path, set()).add(type(module))
         if context.method_name != "__call__":
             return call(*args, **kwargs)
         if isinstance(module, _WRAPPERS):
@@ -126,9 +133,12 @@ def fold_linen(model: nn.Module, variables: Any, args: tuple, kwargs: dict, laye
     graph = trace(run, variables, args, kwargs, lambda key: key[1:] if key[0] == "params" else None)
     if not calls.norms:
         raise ValueError(none_of(_CLASSES))
+    for path, norm in calls.norms.items():
+        if others := [kind.__name__ for kind in kinds[path] if not isinstance(norm, kind) and not issubclass(kind, type(norm))]:
+            calls.reasons.setdefault(path, f"a module of {others[0]} shares its scope, and so its path")
     given, variables = variables, plain_variables(model, variables, args, kwargs, wrappers) if wrappers else variables
     pairs, report = plan(graph, calls, chosen(calls.norms, layers), lambda layer, way: _new_bias(owners, layer, way))
-    values = {key_of(path): a for path, a in jax.tree_util.tree_leaves_with_path(variables["params"])}
+    values = {key_of(path): a for path, a in jax.tree_util.tree_leaves_with_path(variables.get("params", {}))}
     new, shifts = folded_values(values, pairs, calls, {p.norm: _variables_of(variables, p.norm) for p in pairs})
     made = {p.layer.bias for p in pairs if p.new_bias}
     folded = _replaced(variables, {key: a for key, a in new.items() if key not in made})

@@ -116,7 +116,8 @@ def fold_nnx(model: Any, args: tuple, kwargs: dict, layers: Layers | None) -> Fo
     names = {path: _without_marks(path, at) for path in params}
     graph = trace(run, state, args, kwargs, names.get)
     pairs, report = plan(graph, calls, wanted, lambda layer, direction: _with_bias(root, layer, direction))
-    values = {names[path]: v[...] for path, v in params.items()}
+    used = {key for pair in pairs for key in (pair.layer.kernel, pair.layer.bias)}
+    values = {names[path]: v[...] for path, v in params.items() if names[path] in used}
     variables = {p.norm: {k: v[...] for k, v in vars(norms[p.norm]).items() if isinstance(v, nnx.Variable)} for p in pairs}
     new, shifts = folded_values(values, pairs, calls, variables)
     for key, value in new.items():

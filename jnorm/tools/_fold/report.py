@@ -9,7 +9,7 @@ class Folding:
 
     Args:
       norm: its path.
-      layer: the path of the layer that it was folded into; None where it was kept.
+      layer: the path of the layer that it was folded into, "" for a parameter of the model itself; None where it was kept.
       direction: "previous" or "next", where that layer is; None where it was kept.
       reason: why it was kept; empty where it was folded.
     """
@@ -22,7 +22,8 @@ class Folding:
     def __str__(self) -> str:
         if self.layer is None:
             return f"kept because {self.reason}"
-        return f"folded into {self.layer!r}, {'before' if self.direction == 'previous' else 'after'} it"
+        layer = repr(self.layer) if self.layer else "the model itself"
+        return f"folded into {layer}, {'before' if self.direction == 'previous' else 'after'} it"
 
 
 class Report(tuple[Folding, ...]):
