@@ -107,3 +107,32 @@ def test_a_masked_bias(call):
     layer = nnx.Linear(3, 3, rngs=rngs())
     layer.bias = nnx.Param(jnp.ones((1, 3)))
     kept(call, "masks its bias", layer=layer, mask=mask)
+
+
+def whole_kernel(net, x):
+    return net.n(x @ net.layer.kernel[...].astype(jnp.int8).astype(jnp.float32))
+
+
+def whole_data(net, x):
+    return net.layer(net.n(x).astype(jnp.int8).astype(jnp.float32))
+
+
+def whole_output(net, x):
+    return net.n(net.layer(x).astype(jnp.int8).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("call", [whole_kernel, whole_data, whole_output], ids=["kernel", "data", "output"])
+def test_rounding_to_integers(call):
+    """As in training for quantization: between, numbers are others than those that the fold scales."""
+    kept(call, layer=nnx.Linear(3, 3, rngs=rngs()))
+
+
+def test_other_floating_dtypes_between(rng):
+    """They are no obstacle."""
+
+    def call(net, x):
+        return net.n((x @ net.layer.kernel[...].astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.float16))
+
+    model = Net(call, n=norm(3), layer=nnx.Linear(3, 3, use_bias=False, rngs=rngs()))
+    model.eval()
+    assert tools.fold(model, jnp.ones((2, 3))).report.folded == {"n": "layer"}

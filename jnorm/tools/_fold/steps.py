@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from .graph import Step, Value, mark_p
@@ -58,7 +59,7 @@ def backward(step: Step, axes: Axes) -> Axes | None:
 def _in_place(step: Step, axes: Axes) -> Axes | None:
     shape, params = step.inputs[0].shape if step.inputs else (), step.params
     if step.name in _SAME and len(step.inputs) == 1:
-        return axes
+        return axes if _is_linear(step.inputs[0].dtype, step.outputs[0].dtype) else None
     if step.name == "rev":
         return None if set(axes) & set(params["dimensions"]) else axes
     if step.name == "slice":
@@ -66,6 +67,11 @@ def _in_place(step: Step, axes: Axes) -> Axes | None:
         whole = all((params["start_indices"][a], params["limit_indices"][a], strides[a]) == (0, shape[a], 1) for a in axes)
         return axes if whole else None
     return None
+
+
+def _is_linear(dtype: Any, to: Any) -> bool:
+    """Whether going from one dtype to the other is that but for rounding: not where integers or real parts are taken."""
+    return jnp.issubdtype(dtype, jnp.floating if jnp.issubdtype(to, jnp.floating) else jnp.inexact) and jnp.issubdtype(to, jnp.inexact)
 
 
 def reshaped(axes: Axes, shape: Sequence[int], to: Sequence[int]) -> Axes | None:
@@ -122,7 +128,7 @@ def to_leaf(value: Value, queries: Sequence[Axes]) -> tuple[Any, list[Axes], boo
             return None
         _check_used_once(value)
         places, value = [p for p in before if p is not None], following
-    if value.leaf is None:
+    if value.leaf is None or not jnp.issubdtype(value.dtype, jnp.inexact):
         return None
     _check_used_once(value)
     return value.leaf, places[1:], masked
