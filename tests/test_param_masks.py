@@ -136,9 +136,18 @@ def test_refusals():
     for mask in (tools.norm_param_mask, tools.frozen_param_mask):
         with refuses("no norm", "scale", "call"):
             mask(params)
-        with refuses("no norm"):
-            mask(nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
+        model = nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+        with refuses("no norm in the model", "BatchNorm") as error:
+            mask(model)
+        assert "call" not in str(error.value)
+        with refuses("no norm with parameters") as error:
+            mask(params, call=lambda params: params)
+        assert "give call" not in str(error.value)
+        with refuses("call is for parameters of Linen", kind=TypeError):
+            mask(model, call=lambda params: params)
     assert tools.weight_decay_mask(params) == {"kernel": True, "bias": False}
+    with refuses("call is for parameters of Linen", kind=TypeError):
+        tools.weight_decay_mask(model, call=lambda params: params)
 
 
 def stepped(optimizer, params, gradients):

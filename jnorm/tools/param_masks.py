@@ -8,7 +8,7 @@ from flax import nnx
 
 from .. import linen as jnn
 from .. import nnx as jnx
-from ._layers import NORMS_LINEN, NORMS_NNX, Layers, called_norms, chosen, path_text
+from ._layers import NORMS_LINEN, NORMS_NNX, Layers, called_norms, chosen, none_of, path_text
 
 Call = Callable[[Any], Any]
 # TLU is the activation that goes with filter response normalization.
@@ -34,6 +34,7 @@ def norm_param_mask(params: Any, *, call: Call | None = None) -> Any:
 
     Raises:
       ValueError: no norm is found.
+      TypeError: `call` for an NNX model.
 
     Example:
       >>> import jax.numpy as jnp, jnorm.tools
@@ -58,6 +59,7 @@ def frozen_param_mask(params: Any, layers: Layers | None = None, *, call: Call |
 
     Raises:
       ValueError: no norm is found; `layers` matches nothing, which lists what there is.
+      TypeError: `call` for an NNX model.
 
     Example:
       >>> import jax.numpy as jnp, optax, jnorm.tools
@@ -72,10 +74,7 @@ def frozen_param_mask(params: Any, layers: Layers | None = None, *, call: Call |
     """
     tree, norms = _norms_in(params, call)
     if not norms:
-        raise ValueError(
-            'there is no norm among the parameters: no dict of "scale", alone or with "bias". For a Linen model whose norms hold other '
-            "parameters, give call, a function of the parameters that calls it."
-        )
+        raise ValueError(_no_norm(params, call))
     return _mask(tree, {_joined(path, name) for path in chosen(norms, layers) for name in norms[path]})
 
 
@@ -91,6 +90,9 @@ def weight_decay_mask(params: Any, *, biases: bool = True, call: Call | None = N
 
     Returns:
       As :func:`norm_param_mask`.
+
+    Raises:
+      TypeError: `call` for an NNX model.
 
     Example:
       >>> import jax.numpy as jnp, jnorm.tools
@@ -108,9 +110,22 @@ def weight_decay_mask(params: Any, *, biases: bool = True, call: Call | None = N
     return jax.tree.map(lambda is_exempt: not is_exempt, _mask(tree, exempt))
 
 
+def _no_norm(params: Any, call: Call | None) -> str:
+    if isinstance(params, nnx.Module):
+        return none_of(_CLASSES_NNX)
+    if call is not None:
+        return "there is no norm with parameters among the modules of Linen that call calls, at a path that params have."
+    return (
+        'there is no norm among the parameters: no dict of "scale", alone or with "bias". For a Linen model whose norms hold other '
+        "parameters, give call, a function of the parameters that calls it."
+    )
+
+
 def _norms_in(params: Any, call: Call | None) -> tuple[Any, dict[str, list[str]]]:
     """The tree of parameters, and of each norm the names of its own, by the path that it lies at."""
     if isinstance(params, nnx.Module):
+        if call is not None:
+            raise TypeError("call is for parameters of Linen; the norms of an NNX model are known by their classes without it.")
         norms = {path: [k for k, v in vars(norm).items() if isinstance(v, nnx.Param)] for path, norm in _modules(params).items()}
         return nnx.as_pure(nnx.state(params, nnx.Param)), norms
     groups: dict[str, list[str]] = {}
