@@ -330,6 +330,25 @@ def test_losses_against_numpy(api, rng):
         )
 
 
+@pytest.mark.parametrize("api", ["functional", "nnx"])
+def test_a_model_that_is_a_norm(api, rng):
+    """Its path is "", and its statistics take each other's place as those of any other do."""
+    batches = [b + np.float32(i) for i, b in enumerate(normal(rng, 3))]
+    if api == "nnx":
+        model = jnx.BatchNorm(CHANNELS, rngs=nnx.Rngs(0))
+        report = tools.inspect_norms(lambda m, x: m(x), model, batches, loss=lambda m, x: jnp.mean(jnp.abs(m(x))))
+    else:
+        loss = lambda s, x: jnp.mean(jnp.abs(jnorm.batch_norm(x, s, use_running_average=True)[0]))  # noqa: E731
+        report = tools.inspect_norms(step, jnorm.batch_norm_state(CHANNELS), batches, loss=loss)
+    whole, eps = np.concatenate(batches).astype(np.float64), EPSILON
+    running = np.mean([abs(b / np.sqrt(1 + eps)).mean() for b in batches])
+    pooled = np.mean(abs((whole - whole.mean(0)) / np.sqrt(whole.var(0) + eps)))
+    own = np.mean([abs((b - b.mean(0)) / np.sqrt(b.var(0) + eps)).mean() for b in np.float64(batches)])
+    np.testing.assert_allclose(report.losses.means, [running, pooled, own], rtol=2e-5)  # sums of 256 values in float32
+    np.testing.assert_allclose([only(report).loss_alone, -only(report).loss_without], pooled - running, rtol=1e-4)
+    assert "does not depend" not in report.verdict
+
+
 def test_the_verdict_of_losses(rng):
     batches = normal(rng, 4, mean=2.0)
     loss = lambda s, x: jnp.mean(jnorm.batch_norm(x, s, use_running_average=True)[0] ** 2)  # noqa: E731

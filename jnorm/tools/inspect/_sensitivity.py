@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._layers import path_text
+from .._layers import path_text, states_of, with_states
 from ..population import AVERAGES
 from ._collect import Found
 from ._report import Losses
@@ -50,14 +50,23 @@ def _scalar(result: Any) -> float:
 
 
 def _with(state: Any, values: Mapping[str, Values]) -> Any:
-    """The tree with other averages at these paths, as the old ones lie, so that nothing is compiled anew."""
-    entries = {"/".join(filter(None, (path, key))): a for path, layer in values.items() for key, a in layer.items() if key in AVERAGES}
+    """The tree with other averages in the states at these paths."""
+    if not values:
+        return state
+    given = states_of(state)
+    if missing := [path for path in values if path not in given]:
+        raise ValueError(f"no states at {missing}; the tree has them at {list(given)}.")
+    return with_states(state, {path: _put(given[path], averages) for path, averages in values.items()})
 
-    def one(path: Any, old: Any) -> Any:
-        new = entries.get(path_text(path))
+
+def _put(old: Any, averages: Values) -> Any:
+    """A state with other averages, as the old ones lie, so that nothing is compiled anew."""
+
+    def one(path: Any, entry: Any) -> Any:
+        new = averages.get(path_text(path)) if path_text(path) in AVERAGES else None
         if new is None:
-            return old
-        new = (new if jnp.iscomplexobj(old) else np.real(new)).reshape(old.shape).astype(old.dtype)
-        return jax.device_put(new, old.sharding if old.committed else None)
+            return entry
+        new = (new if jnp.iscomplexobj(entry) else np.real(new)).reshape(entry.shape).astype(entry.dtype)
+        return jax.device_put(new, entry.sharding if entry.committed else None)
 
-    return jax.tree_util.tree_map_with_path(one, state)
+    return jax.tree_util.tree_map_with_path(one, old)
