@@ -138,3 +138,51 @@ def test_as_the_norm_counts(batches):
         for key in ("mean", "var"):
             size = abs(want[key]).max() + max(abs(b).max() ** 2 for b in batches)
             np.testing.assert_allclose(new[key], state[key], rtol=0, atol=16 * 1.2e-7 * size)
+
+
+# --- what else a step changes ------------------------------------------------------------------------------------------------
+
+
+class Busy(nnx.Module):
+    """Beside a norm: one of Flax, dropout, and a count of calls."""
+
+    def __init__(self, rngs):
+        self.norm, self.flax = jnx.BatchNorm(FEATURES, rngs=rngs), nnx.BatchNorm(FEATURES, momentum=0.5, rngs=rngs)
+        self.dropout, self.calls = nnx.Dropout(0.5, rngs=rngs), nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x):
+        self.calls[...] = self.calls[...] + 1
+        return self.norm(self.flax(self.dropout(x) * 0 + x))
+
+
+@pytest.mark.parametrize("others", ["running", "batch"])
+def test_all_else_of_a_model_stays_and_may_be_donated(others, batches):
+    model = Busy(nnx.Rngs(0))
+    model.flax.mean[...] = jnp.full(FEATURES, 3.0)
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))))
+    keys = jax.tree.map(lambda k: np.array(jax.random.key_data(k)), nnx.to_pure_dict(nnx.state(model, nnx.RngKey)))
+    step = nnx.jit(lambda m, x: m(x), donate_argnums=0)
+    new = tools.recalibrate(step, model, batches, others=others)
+    model(batches[0])  # nothing of it was donated
+    after = nnx.to_pure_dict(nnx.state(new, nnx.Not(nnx.RngState)))
+    seen = batches if others == "running" else [b - b.mean((0, 1)) for b in batches]
+    np.testing.assert_allclose(after["norm"].pop("mean"), np.concatenate(seen).mean((0, 1)) - 3 * (others == "running"), atol=1e-4)
+    assert (np.asarray(after["norm"].pop("var")) != 1).all()
+    del before["norm"]["mean"], before["norm"]["var"]
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert not new.flax.use_running_average and [int(c) for c in jax.tree.leaves(nnx.state(new, nnx.RngCount))] == [0]
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(jax.random.key_data, nnx.to_pure_dict(nnx.state(new, nnx.RngKey))), keys)
+
+
+def test_all_else_of_variables_stays_and_may_be_donated(batches):
+    variables = {"params": {"w": jnp.ones(FEATURES)}, "batch_stats": {"n": jnorm.batch_norm_state(FEATURES)}, "calls": {"n": jnp.zeros(())}}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(v, x):
+        new = jnorm.batch_norm(x * v["params"]["w"][None, None], v["batch_stats"]["n"])[1]
+        return {**v, "batch_stats": {"n": new}, "calls": {"n": v["calls"]["n"] + 1}}
+
+    new = tools.recalibrate(step, variables, batches)
+    assert float(new["calls"]["n"]) == float(variables["calls"]["n"]) == 0
+    assert new["params"]["w"].tolist() == variables["batch_stats"]["n"]["var"].tolist() == [1] * FEATURES
+    check_averages("BatchNorm", new["batch_stats"]["n"], batches, "pooled")

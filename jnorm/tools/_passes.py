@@ -33,12 +33,12 @@ class Passes(NamedTuple):
     progress: bool
 
     def run(self, step: Step, tree: Any, batches: Batches) -> Any:
-        """The tree with the new statistics."""
+        """The tree with the new statistics; whatever else the step changes, as a count of calls, stays behind."""
         self._check(batches)
         given = states_of(tree)
         names = self._chosen(given)
         rest = {path: self._held(state) for path, state in given.items() if path not in names}
-        now, end = {path: given[path] for path in names}, tree
+        now, end = {path: given[path] for path in names}, copied(tree)
         for number in range(1, self._most(now) + 1):
             # In the first pass the batch's own statistics normalize, which are near whatever the running ones were.
             start = {path: self._begun(state, apart=number > 1 or STATISTICS in state) for path, state in now.items()}
@@ -48,8 +48,7 @@ class Passes(NamedTuple):
             before, now = now, {path: _finished(collected[path], given[path]) for path in names}
             if number > 1 and _distance(before, now) <= self.tolerance:
                 break
-        end = with_states(end, {**{path: given[path] for path in rest}, **now})
-        return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(end))
+        return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(with_states(tree, now)))
 
     def _check(self, batches: Batches) -> None:
         check_estimator(self.estimator, (*ESTIMATORS, "exponential"))
@@ -78,8 +77,7 @@ class Passes(NamedTuple):
         return chosen(free, self.layers, "states that are not frozen" if len(free) < len(given) else "states")
 
     def _held(self, state: Any) -> Any:
-        """A copy, so that a step may donate what it is given."""
-        return marked({key: jnp.array(a) for key, a in state.items()}, statistics=self.others == "running")
+        return marked(copied(dict(state)), statistics=self.others == "running")
 
     def _begun(self, state: Any, apart: bool) -> Any:
         return collecting(state, "cumulative" if self.estimator == "exponential" else self.estimator, apart=apart)
@@ -105,6 +103,11 @@ class Passes(NamedTuple):
             which = "there are no batches" if number == 1 else f"there are no batches left for pass {number}"
             raise ValueError(f"{which}, and so no statistics. An iterator that an earlier loop used up has none left.")
         return tree
+
+
+def copied(tree: Any) -> Any:
+    """With arrays of its own, so that a step may donate what it is given."""
+    return jax.tree.map(lambda a: a.copy() if isinstance(a, jax.Array) else a, tree)
 
 
 def _decayed(tree: Any, momentum: float) -> Any:

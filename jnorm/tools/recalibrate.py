@@ -4,9 +4,9 @@ from typing import Any
 
 from flax import nnx
 
-from ._layers import Layers
+from ._layers import RUNNING_NNX, Layers, nnx_norms
 from ._nnx_states import borrowed, read_states, write_states
-from ._passes import Batches, Others, Passes, RecalibrationEstimator, Step
+from ._passes import Batches, Others, Passes, RecalibrationEstimator, Step, copied
 from .population import State
 
 
@@ -51,7 +51,8 @@ def recalibrate(
       momentum: of "exponential", from 0 to 1.
       layers: the norms to re-estimate, by path ("encoder/block_0/norm"): a pattern, several, or a function from path to bool; None: all
         but those whose statistics are frozen.
-      others: what the rest normalize with meanwhile, their "running" statistics or the "batch"'s own. They keep what they had.
+      others: what the rest normalize with meanwhile, their "running" statistics or the "batch"'s own. They keep what they had. Flax's
+        own norms of an NNX model do so too, unless the step tells them otherwise; those of Linen do what their call says.
       layer_by_layer: each norm gets the statistics of what it sees in evaluation, where those below it normalize with their new running
         statistics, in place of what it sees in training, where they normalize with the batch's.
       tolerance: with `layer_by_layer`, stop where no mean moves by more than so many standard deviations, and no variance by more than
@@ -59,8 +60,8 @@ def recalibrate(
       progress: show a bar, on the standard error; needs rich.
 
     Returns:
-      A state as the given one, with the new mean and var; a "count" stays. A feature that no batch counted keeps what it had. Of an
-      NNX model a copy, which has the new statistics.
+      A state as the given one, with the new mean and var; a "count" stays, and so does all that is no running statistic, whatever the
+      step makes of it. A feature that no batch counted keeps what it had. Of an NNX model a copy, which has the new statistics.
 
     Raises:
       ValueError: no batches, or none left for the second pass; no running statistics in the tree; `layers` that match none; a norm that saw
@@ -101,7 +102,9 @@ def recalibrate(
     passes = Passes(estimator, momentum, layers, others, layer_by_layer, tolerance, progress)
     if not isinstance(state, nnx.Module):
         return passes.run(step, state, batches)
-    model = nnx.clone(state)
+    model = nnx.merge(*copied(nnx.split(state)))
+    if others == "running":
+        _with_running_averages(model)
     with borrowed(model) as (norms, before):
 
         def run(states: Any, batch: Any) -> Any:
@@ -109,5 +112,14 @@ def recalibrate(
             step(model, batch)
             return read_states(norms)
 
-        write_states(norms, passes.run(run, before, batches))
-    return model
+        states = passes.run(run, before, batches)
+    new = nnx.clone(state)
+    write_states(nnx_norms(new, RUNNING_NNX), states)
+    return new
+
+
+def _with_running_averages(model: nnx.Module) -> None:
+    """Flax's own norms, which know no marks."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.use_running_average = True
