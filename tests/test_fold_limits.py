@@ -40,7 +40,7 @@ def test_what_lies_between_a_layer_and_the_second_norm(call, rng, x64):
 
 def kept(call, *fragments, x=None, **modules):
     """That the norm "n" stays, with a reason that says this."""
-    model = Net(call, n=norm(3), **modules)
+    model = Net(call, **{"n": norm(3), **modules})
     model.eval()
     _, report = tools.fold(model, jnp.ones((2, 3)) if x is None else x)
     assert "n" in report.kept and all(f in report.kept["n"] for f in fragments), str(report)
@@ -136,3 +136,15 @@ def test_other_floating_dtypes_between(rng):
     model = Net(call, n=norm(3), layer=nnx.Linear(3, 3, use_bias=False, rngs=rngs()))
     model.eval()
     assert tools.fold(model, jnp.ones((2, 3))).report.folded == {"n": "layer"}
+
+
+def grouped(net, x):
+    kernel = net.kernel[...].reshape(1, 2, 6)
+    options = {"window_strides": (1,), "padding": "VALID", "dimension_numbers": ("NHC", "HIO", "NHC")}
+    return jax.lax.conv_general_dilated(net.n(x), kernel, **options, feature_group_count=2) + net.bias[...]
+
+
+def test_a_grouped_convolution_with_a_reshaped_kernel():
+    """The outputs, in which the groups lie, are two axes of the parameter."""
+    modules = {"kernel": nnx.Param(jnp.ones((1, 2, 3, 2))), "bias": nnx.Param(jnp.ones((1, 1, 6)))}
+    kept(grouped, "in groups", x=jnp.ones((2, 5, 4)), n=norm(4), **modules)

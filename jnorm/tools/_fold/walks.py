@@ -100,9 +100,11 @@ def layer_after(graph: Graph, end: Step, features: Axes) -> Layer:
         raise KeptError("the layer after it masks its kernel")
     if math.prod(graph.leaves[kernel].shape) != math.prod(step.inputs[weight].shape):
         raise KeptError("in the layer after it the parameter is repeated along other axes of the kernel")
+    groups, kept_axes = step.params.get("feature_group_count", 1), tuple(a for k in kept for a in k)
+    if groups != 1 and (len(places), len(kept_axes)) != (1, 1):
+        raise KeptError("the layer after it is a convolution in groups, whose inputs or outputs are several axes of the parameter")
     bias, bias_axes = _bias_after(step.outputs[0], [(a,) for a in from_output])
-    groups = step.params.get("feature_group_count", 1)
-    return Layer(kernel, places, tuple(a for k in kept for a in k), bias, bias_axes, groups)
+    return Layer(kernel, places, kept_axes, bias, bias_axes, groups)
 
 
 def _joined(step: Step, inside: list[Axes]) -> Axes | None:
