@@ -30,6 +30,9 @@ def fold(model: Any, *args: Any, layers: Layers | None = None, **kwargs: Any) ->
     says why, where neither is so: at an activation, a pooling or a sum between them, a layer or a norm that is called twice, an output
     that is also given out or sown, in the body of a loop, or where the statistics are those of each sample.
 
+    The result is the model for this call, and for others of the same way through it: another method, or a switch that takes another way,
+    finds the layers as they are folded, also where it does not call the norm.
+
     Args:
       model: an NNX model, set to evaluate; or a Linen model.
       *args: for an NNX model the arguments of its call; for a Linen model its variables, and then these. Of arrays only shape and dtype
@@ -49,7 +52,8 @@ def fold(model: Any, *args: Any, layers: Layers | None = None, **kwargs: Any) ->
 
     Numerics:
       Kernels are computed in at least float32 and rounded once to their own dtype. The output is that of the model in evaluation but for
-      rounding: with bfloat16 kernels that is each kernel's.
+      rounding: with bfloat16 kernels that is each kernel's. A float16 kernel may overflow, where a small running variance or a large scale
+      makes it larger than 65504.
 
     Example:
       >>> import jax.numpy as jnp, jnorm.tools
@@ -107,7 +111,7 @@ def fold_into_previous(
       norm_bias: of the same shape; None: 0.
       epsilon: of the norm.
       output_axes: the kernel's axes of the outputs that are the norm's features: the last one for Flax's layers, -2 for a transposed
-        convolution with `transpose_kernel=True`, 0 for PyTorch's layout.
+        convolution with `transpose_kernel=True`, 0 for PyTorch's layout, 1 for its transposed convolutions.
       bias_axes: the bias's axes of the same features; None: its last ones.
 
     Returns:
@@ -119,7 +123,7 @@ def fold_into_previous(
       TypeError: a kernel or bias that is not floating, or real where it would become complex.
 
     Numerics:
-      In at least float32, and float64 where anything given is; rounded once.
+      In at least float32, and float64 where anything given is; rounded once. What is new may overflow in float16.
 
     Example:
       >>> import jax.numpy as jnp, jnorm.tools
@@ -210,7 +214,9 @@ def fold_into_next(
         raise ValueError(f"groups must be a whole number of at least 1, got {groups!r}.")
     norm, dtype = _map_of(kernel, bias, state, scale, norm_bias, epsilon)
     if bias is not None and jnp.iscomplexobj(kernel) and not jnp.iscomplexobj(bias):
-        raise TypeError(f"with a kernel of {jnp.asarray(kernel).dtype} what is added to the bias is complex, but the bias is real: widen it.")
+        raise TypeError(
+            f"with a kernel of {jnp.asarray(kernel).dtype} what is added to the bias is complex, but the bias is real: widen it."
+        )
     if groups != 1 and (len(axes), len(kept)) != (1, 1):
         raise ValueError(f"with groups={groups} there is one axis of inputs and one of outputs, got {input_axes!r} and {output_axes!r}.")
     if groups != 1 and jnp.shape(kernel)[kept[0]] % groups:
