@@ -107,6 +107,36 @@ def test_other_parameters():
     assert true_paths(tools.weight_decay_mask(params, biases=False)) == decays | {"Dense_0/bias", "MeanOnlyBatchNorm_0/bias"}
 
 
+class OneScope(nn.Module):
+    """Parameters of a layer and a norm, and the module's own, at one path."""
+
+    def setup(self):
+        self.dense, self.norm = nn.Dense(3), jnn.BatchNorm(use_running_average=True, use_bias=False)
+        self.own = self.param("temperature", nn.initializers.ones, ())
+        nn.share_scope(self, self.norm)
+        nn.share_scope(self, self.dense)
+
+    def __call__(self, x):
+        return self.norm(self.dense(x)) * self.own
+
+
+class Shifted(jnn.LayerNorm):
+    """A norm with a parameter more."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnn.LayerNorm.__call__(self, x) + self.param("shift", nn.initializers.zeros, ())
+
+
+def test_norms_that_share_a_scope():
+    x = jnp.ones((2, 3))
+    model = nn.Sequential([OneScope(), Shifted()])
+    variables = model.init(jax.random.key(0), x)
+    mask = tools.norm_param_mask(variables["params"], call=lambda params: model.apply({**variables, "params": params}, x))
+    assert set(variables["params"]["layers_0"]) == {"kernel", "bias", "scale", "temperature"}
+    assert true_paths(mask) == {"layers_0/scale", *(f"layers_1/{name}" for name in ("scale", "bias", "shift"))}
+
+
 def test_a_norm_alone_and_one_that_wraps_the_layer():
     assert tools.norm_param_mask({"scale": X, "bias": X}) == {"scale": True, "bias": True}
     wrapped = {"layer_instance": {"kernel": X}, "scale": X}

@@ -135,8 +135,14 @@ def _norms_in(params: Any, call: Call | None) -> tuple[Any, dict[str, list[str]]
         inner |= {path_text(path[:-depth]) for depth in range(2, len(path) + 1) if path_text(path[-depth : 1 - depth]) != "layer_instance"}
     if call is not None:
         norms = called_norms(call, params, classes=_CLASSES_LINEN)
-        return params, {path: groups[path] for path in norms if path in groups}
+        own = {path: [name for name in groups.get(path, ()) if _owns(norm, name)] for path, norm in norms.items()}
+        return params, {path: names for path, names in own.items() if names}
     return params, {path: g for path, g in groups.items() if path not in inner and _TOLD_BY & set(g) and set(g) <= _OF_NORMS}
+
+
+def _owns(norm: Any, name: str) -> bool:
+    """Of a parameter at a Linen norm's path, which others may share (`nn.share_scope`). What a class of the user's holds nobody knows."""
+    return type(norm) not in _CLASSES_LINEN or (name in _OF_NORMS and getattr(norm, f"use_{name}", True))
 
 
 def _modules(model: nnx.Module) -> dict[str, Any]:
