@@ -308,7 +308,7 @@ def test_losses_against_numpy(api, rng):
     run, given, loss = by_api(kind, {"linen": nn, "nnx": nnx}[kind] if flax else None)
     batches = [(b + rng.normal(size=CHANNELS)).astype(np.float32) for b in normal(rng, 3, size=16)]
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(given)) if kind == "nnx" else given)
-    report = tools.inspect_norms(run, given, batches, loss=loss)
+    report = tools.inspect_norms(run, given, lambda: iter(batches), loss=loss)
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(given)) if kind == "nnx" else given, before)
 
     pooled, own = numpy_statistics(batches)
@@ -347,6 +347,20 @@ def test_a_model_that_is_a_norm(api, rng):
     np.testing.assert_allclose(report.losses.means, [running, pooled, own], rtol=2e-5)  # sums of 256 values in float32
     np.testing.assert_allclose([only(report).loss_alone, -only(report).loss_without], pooled - running, rtol=1e-4)
     assert "does not depend" not in report.verdict
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+def test_large_means_of_norms_that_do_not_collect(mean, rng):
+    """Flax's averages hold them rounded to float32: a relative 2^-24 twice, of the average and of 1 - momentum."""
+    net = nn.BatchNorm(use_running_average=False, momentum=0.99, use_fast_variance=False)
+    batches = normal(rng, 2, mean=mean)
+    whole = np.concatenate(batches).astype(np.float64)
+    state = {"mean": np.float32(whole.mean(0)), "var": np.float32(whole.var(0))}
+    params = {"scale": np.ones(CHANNELS, np.float32), "bias": np.zeros(CHANNELS, np.float32)}
+    run = lambda s, x: net.apply({"params": params, "batch_stats": s}, x, mutable=["batch_stats"])[1]["batch_stats"]  # noqa: E731
+    layer = only(tools.inspect_norms(run, state, batches))
+    assert layer.mean_distance_max < 8 * 2**-24 * mean and not layer.findings  # a mean of 64 values, and rounding that of the state
+    np.testing.assert_allclose(layer.var_ratio_max, 1, rtol=1e-3)
 
 
 def test_the_verdict_of_losses(rng):
@@ -608,12 +622,16 @@ def test_refusals(rng):
         tools.inspect_norms(run, state, batches, layers="b")
     with refuses("no batches", "iterator"):
         tools.inspect_norms(run, state, iter(()))
+    with refuses("no batches"):
+        tools.inspect_norms(run, state, lambda: iter(()))
     with refuses("nothing was collected", "training mode"):
         tools.inspect_norms(lambda s, x: {"a": step(s["a"], x, use_running_average=True)}, state, batches)
     with refuses("must return the new state", "NoneType"):
         tools.inspect_norms(lambda s, x: None, state, batches)
-    with refuses("the loss must be a scalar", "(64,)"):
+    with refuses("the loss must be a real scalar", "(64,)"):
         tools.inspect_norms(run, state, batches, loss=lambda s, x: x[:, 0])
+    with refuses("the loss must be a scalar", "a tuple of 2 arrays", "its first alone"):
+        tools.inspect_norms(run, state, batches, loss=lambda s, x: (x.mean(), x.max()))
     with refuses("scale of 'a'", "(3,)", "(4,)"):
         tools.inspect_norms(run, state, batches, params={"a": {"scale": np.ones(3)}})
     with refuses("params are for a state"):

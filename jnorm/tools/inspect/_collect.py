@@ -72,24 +72,31 @@ def flat(a: Any) -> np.ndarray:
 
 
 def _told_from_averages(subject: Subject, paths: list[str], batches: list[Any]) -> dict[str, Found]:
-    """Flax's own norms, from where their averages move: ρ·0 + (1 − ρ)·s and ρ·1 + (1 − ρ)·s tell ρ and the batch's s.
+    """Flax's own norms, from where their averages move: ρ·0 + (1 − ρ)·s and ρ·a + (1 − ρ)·s tell ρ and the batch's s.
 
-    How many values that were is not told: infinitely many.
+    With a power of two that is far larger than any s, ρ is told up to its own rounding. How many values that were is not told: infinitely
+    many.
     """
 
-    def started(value: float) -> Any:
-        return map_states(lambda s: {**s, **{k: jnp.full_like(s[k], value) for k in AVERAGES if k in s}}, subject.state)
+    def started(far: bool) -> Any:
+        def one(state: Any) -> Any:
+            return {**state, **{k: jnp.full_like(state[k], far and _far(state[k])) for k in AVERAGES if k in state}}
 
-    ends = [[_by_path(subject.step(started(value), batch)) for value in (0.0, 1.0)] for batch in batches]
+        return map_states(one, subject.state)
+
+    ends = [[_by_path(subject.step(started(far), batch)) for far in (False, True)] for batch in batches]
     found = {}
     for path in paths:
-        each: dict[str, np.ndarray] = {}
-        moves: Any = np.zeros(len(batches), bool)
-        for key in (key for key in AVERAGES if key in subject.running[path]):
-            zero, one = (np.stack([flat(pair[i][path][key]) for pair in ends]) for i in (0, 1))
-            kept = one - zero
-            moves = np.all(abs(kept - 1) > 1e-6, axis=1)
-            each[key] = zero / np.where(moves[:, None], 1 - kept, 1)
+        state = subject.running[path]
+        keys = [key for key in AVERAGES if key in state]
+        zero, end = ({key: np.stack([flat(pair[i][path][key]) for pair in ends]) for key in keys} for i in (0, 1))
+        kept = {key: np.real(end[key] - zero[key]) / _far(state[key]) for key in keys}
+        moves = np.any([~np.all(abs(kept[key] - 1) <= 1e-6, axis=1) for key in keys], axis=0)  # what is no number has moved, too
+        told = np.concatenate([kept[key][moves].ravel() for key in keys])
+        told = told[np.isfinite(told)]
+        # As it was written: the shortest decimal that rounds to it.
+        momentum = float(str(np.float32(np.median(told)))) if told.size else 0.0
+        each = {key: zero[key] / np.where(moves[:, None], 1 - momentum, 1) for key in keys}
         weight = moves / max(moves.sum(), 1)
         pooled = {key: weight @ a for key, a in each.items()}
         if "var" in each:
@@ -97,3 +104,7 @@ def _told_from_averages(subject: Subject, paths: list[str], batches: list[Any]) 
         count = np.where(moves, np.inf, 0.0)[:, None]
         found[path] = Found(pooled, each, np.broadcast_to(count, each["mean"].shape))
     return found
+
+
+def _far(average: Any) -> float:
+    return 2.0 ** (jnp.finfo(average.dtype).maxexp // 2)
