@@ -1,17 +1,18 @@
 """The function: collects, evaluates, and hands what it found to those that judge."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
 from .._layers import Layers, chosen
+from .._passes import Batches
 from .._progress import progress_bar
 from ._collect import collect
 from ._measure import Signs, measure, measure_scale
 from ._report import LayerReport, Report
-from ._sensitivity import measure_losses
+from ._sensitivity import check_loss, measure_losses
 from ._subject import is_frozen, of_module, of_tree
 from ._verdicts import findings, overall
 
@@ -19,7 +20,7 @@ from ._verdicts import findings, overall
 def inspect_norms(
     step: Callable[[Any, Any], Any],
     state: Any,
-    batches: Iterable[Any],
+    batches: Batches,
     *,
     loss: Callable[[Any, Any], Any] | None = None,
     params: Any = None,
@@ -47,7 +48,7 @@ def inspect_norms(
         but for the norms, so that dropout is off.
       state: any tree with states of running statistics in it: of pure functions, or the collection "batch_stats" of Linen. Or an NNX
         model.
-      batches: a few; all are kept in memory. Of training data, they tell whether the statistics fit the network; of evaluation data,
+      batches: a few, or a function that gives an iterable of them; all are kept in memory. Of training data, they tell whether the statistics fit the network; of evaluation data,
         whether they fit these data too.
       loss: `loss(state, batch)` is the loss of the model in evaluation mode with the statistics of that state, a scalar. For an NNX model
         `loss(model, batch)`, run on a copy in evaluation mode. None: no sensitivities.
@@ -92,9 +93,11 @@ def inspect_norms(
     make = of_module if isinstance(state, nnx.Module) else of_tree
     subject = make(step, state, loss, params, epsilon, momentum)
     paths = chosen(subject.paths, layers)
-    kept = list(batches)
+    kept = list(batches() if callable(batches) and not hasattr(batches, "__iter__") else batches)
     if not kept:
         raise ValueError("there are no batches, and so no statistics. An iterator that an earlier loop used up has none left.")
+    if subject.loss is not None:
+        check_loss(subject, kept[0])
     running = [path for path in paths if path in subject.running]
     evaluations = 0 if loss is None else (3 + 2 * len(running)) * len(kept)
     with progress_bar(progress, "inspect_norms", 2 * len(kept) * bool(running) + evaluations) as done:

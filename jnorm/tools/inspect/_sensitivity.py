@@ -30,7 +30,7 @@ def measure_losses(
         for batch, values in zip(batches, statistics, strict=True):
             results.append(subject.loss(_with(subject.state, values), batch))  # type: ignore[misc]
             done(1)
-        return np.array([_scalar(r) for r in results])
+        return np.array([float(r) for r in results])
 
     def always(values: Mapping[str, Values]) -> np.ndarray:
         return evaluate([values] * len(batches))
@@ -43,10 +43,14 @@ def measure_losses(
     return losses, alone, without
 
 
-def _scalar(result: Any) -> float:
-    if np.shape(result) != ():
-        raise ValueError(f"the loss must be a scalar, got one of shape {np.shape(result)}; a mean over the batch, for instance.")
-    return float(result)
+def check_loss(subject: Subject, batch: Any) -> None:
+    """Before anything is computed; what is traced here is what runs."""
+    result = jax.eval_shape(subject.loss, subject.state, batch)  # type: ignore[arg-type]
+    if not isinstance(result, jax.ShapeDtypeStruct):
+        got = f"a {type(result).__name__} of {len(jax.tree.leaves(result))} arrays"
+        raise ValueError(f"the loss must be a scalar, got {got}; if it has auxiliary outputs, return its first alone.")
+    if result.shape != () or jnp.issubdtype(result.dtype, jnp.complexfloating):
+        raise ValueError(f"the loss must be a real scalar, got {result.dtype} of shape {result.shape}; a mean over the batch, for instance.")
 
 
 def _with(state: Any, values: Mapping[str, Values]) -> Any:
