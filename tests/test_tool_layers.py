@@ -42,16 +42,56 @@ def test_the_choice_by_path(layers, want):
         assert _layers.chosen(PATHS, layers) == want
 
 
+@pytest.mark.parametrize(
+    "layers, kind", [([], ValueError), ((), ValueError), (3, TypeError), (["norm", 3], TypeError), (b"norm", TypeError)]
+)
+def test_no_choice(layers, kind):
+    with refuses(f"{layers!r}", "layers", kind=kind):
+        _layers.chosen(PATHS, layers)
+
+
 def test_states_in_a_tree():
     state = {"a": [jnorm.batch_norm_state(1), {"kernel": jnp.ones(1)}], "features": jnorm.feature_statistics_state(1)}
-    assert _layers.state_paths(state) == ["a/0"] and _layers.state_paths(state["a"][0]) == [""]
+    assert list(_layers.states_of(state)) == ["a/0"] and list(_layers.states_of(state["a"][0])) == [""]
     changed = _layers.map_states(lambda s: {**s, "mean": s["mean"] + 1}, state)
     assert changed["a"][0]["mean"] == 1 and changed["features"]["mean"] == 0 and changed["a"][1] is not None
     assert _layers.is_state(jnorm.batch_norm_state((), track_count=True))
     with refuses("matches none of the states: 'a/0'"):
         _layers.map_states(lambda s: s, state, layers="b")
     with refuses("there are no running statistics"):
-        _layers.state_paths({"kernel": jnp.ones(1)})
+        _layers.states_of({"kernel": jnp.ones(1)})
+
+
+def test_parameters_with_the_names_of_statistics():
+    variables = {"params": {"head": {"mean": jnp.ones(1), "log_std": jnp.ones(1)}}, "batch_stats": {"norm": jnorm.batch_norm_state(1)}}
+    new = tools.blend_statistics(variables, variables, source_count=0, count=1)
+    assert list(_layers.states_of(variables)) == ["batch_stats/norm"] and new["params"] is not variables["params"]
+    assert new["params"]["head"]["mean"] is variables["params"]["head"]["mean"]
+    with refuses("no running statistics"):
+        _layers.states_of({**variables, "batch_stats": {"other": jnp.ones(1)}})
+
+
+def test_what_holds_no_states_of_its_own():
+    model, step = jnx.BatchNorm(1, rngs=nnx.Rngs(0)), lambda *_: None
+    statistics = jnorm.feature_statistics_state(1)
+    uses = {
+        "recalibrate": lambda tree: tools.recalibrate(step, tree, [0]),
+        "blend": lambda tree: tools.blend_statistics(tree, tree, source_count=1, count=1),
+        "population": tools.population_state,
+        "freeze": tools.freeze,
+        "features": lambda tree: tools.with_feature_statistics(tree, statistics),
+    }
+    for name, use in uses.items():
+        for tree in (nnx.state(model), {"m": nnx.state(model)}):
+            with refuses("state belongs to its graph", "nnx.merge", kind=TypeError):
+                use(tree)
+        with refuses("Linen module", "init", kind=TypeError):
+            use(Block())
+        with refuses("one NNX model", "nnx.List", kind=TypeError):
+            use([model])
+        if name == "population":
+            with refuses("not an NNX model", "commit_once", kind=TypeError):
+                use(model)
 
 
 class Block(nn.Module):

@@ -45,17 +45,27 @@ def chosen(paths: Iterable[str], layers: Layers | None, what: str = "norms") -> 
       what: what they are paths of, for the error.
 
     Raises:
-      ValueError: a pattern, or the function, matches nothing; the error lists what there is.
+      ValueError: a pattern, or the function, matches nothing; the error lists what there is. Nothing is asked for.
+      TypeError: `layers` is none of these.
     """
     paths = list(paths)
     if layers is None:
         return paths
-    asks = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
+    asks = _asks(layers)
     found = [{path for path in paths if (ask(path) if callable(ask) else _matches(path, ask))} for ask in asks]
     for ask, some in zip(asks, found, strict=True):
         if not some:
             raise ValueError(f"layers={ask!r} matches none of the {what}: {', '.join(map(repr, paths)) or 'there are none'}.")
     return [path for path in paths if any(path in some for some in found)]
+
+
+def _asks(layers: Layers) -> list[str | Callable[[str], bool]]:
+    asks: list[Any] = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    if not all(isinstance(ask, str) or callable(ask) for ask in asks):
+        raise TypeError(f"layers must be a pattern of paths, several of them, a function from path to bool, or None, got {layers!r}.")
+    if not asks:
+        raise ValueError(f"layers={layers!r} asks for nothing; leave it out, or give None, for all.")
+    return asks
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -88,30 +98,42 @@ def entries(tree: Any) -> list[str]:
     return [path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def state_paths(tree: Any) -> list[str]:
-    """Of the states of running statistics; a state that is the whole tree has the path ""."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state)
-    paths = [path_text(path) for path, node in found if is_state(node)]
-    if not paths:
+def check_tree(tree: Any) -> None:
+    """That there are arrays in it, and no modules and variables of Flax."""
+    flax = (nn.Module, nnx.Module, nnx.Variable)
+    if isinstance(tree, nnx.Module):
+        raise TypeError("states are needed here, not an NNX model, for which there are recalibrate and commit_once.")
+    for one in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, flax)):
+        if isinstance(one, nnx.Variable):
+            raise TypeError("an NNX model's state belongs to its graph: give the model (nnx.merge), and split it after.")
+        if isinstance(one, nn.Module):
+            raise TypeError("a Linen module holds no variables: give those that its init returned, or their collection 'batch_stats'.")
+        if isinstance(one, nnx.Module):
+            raise TypeError("give one NNX model: several can be put into an nnx.List.")
+
+
+def states_of(tree: Any) -> dict[str, Any]:
+    """The states of running statistics in a tree, by path; a state that is the whole tree has the path "".
+
+    Where the tree has a collection "batch_stats" they are in it: parameters may have the names of statistics too.
+    """
+    check_tree(tree)
+    nodes = {path_text(path): node for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state)}
+    collection = {path: node for path, node in nodes.items() if "batch_stats" in path.split("/")}
+    states = {path: node for path, node in (collection or nodes).items() if is_state(node)}
+    if not states:
         raise ValueError("there are no running statistics, such as a dict of 'mean' and 'var', in the tree that was given.")
-    return paths
+    return states
 
 
 def map_states(change: Callable[..., Any], *trees: Any, layers: Layers | None = None) -> Any:
     """The first tree with each of its states changed that `layers` asks for; all else in it stays."""
-    some = set(chosen(state_paths(trees[0]), layers, "states"))
+    some = set(chosen(states_of(trees[0]), layers, "states"))
 
     def one(path: Any, node: Any, *others: Any) -> Any:
         return change(node, *others) if is_state(node) and path_text(path) in some else node
 
     return jax.tree_util.tree_map_with_path(one, *trees, is_leaf=is_state)
-
-
-def states_of(tree: Any) -> dict[str, Any]:
-    """The states of running statistics in a tree, by path."""
-    paths = state_paths(tree)
-    found = [node for node in jax.tree.leaves(tree, is_leaf=is_state) if is_state(node)]
-    return dict(zip(paths, found, strict=True))
 
 
 def with_states(tree: Any, states: Mapping[str, Any]) -> Any:
