@@ -475,7 +475,13 @@ def test_refusals():
         for state in (nnx.state(model), nnx.to_flat_state(nnx.state(model)), {"a": dict(mean=model.layers[1].mean)}):
             with refuses("NNX", "give the model", kind=TypeError):
                 tool(state)
+        with refuses("Linen", "variables", kind=TypeError):
+            tool(jnn.BatchNorm())
+        for models in ([norm, model], {"a": [model]}):
+            with refuses("nnx.List", kind=TypeError):
+                tool(models)
     assert not hasattr(tools.freeze(model, "layers/1").layers[0], "frozen_updates")
+    assert hasattr(tools.freeze(nnx.List([model]), "0/layers/1")[0].layers[1], "frozen_updates")
 
 
 def test_a_mark_of_another_shape():

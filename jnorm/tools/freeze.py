@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import jax
 from flax import nnx
 from flax.core import FrozenDict
 
 from .._pipeline.marks import KEYS, marked, unmarked
-from ._layers import RUNNING_NNX, Layers, chosen, map_states, nnx_norms
+from ._layers import RUNNING_NNX, Layers, check_tree, chosen, map_states, nnx_norms
 
 Tree = TypeVar("Tree")
 _COLLECTION = "batch_stats"
@@ -39,7 +38,8 @@ def freeze(tree: Tree, layers: Layers | None = None, *, statistics: bool = True,
     Raises:
       ValueError: no running statistics; `layers` matches nothing, which lists what there is; neither of the two is to be frozen; a norm of
         Flax in an NNX model, which knows no marks.
-      TypeError: the state of an NNX model without the model, which fixes what entries the state has.
+      TypeError: the state of an NNX model without the model, which fixes what entries the state has; a Linen module without its variables;
+        NNX modules in a list or dict.
 
     Numerics:
       y of a norm with frozen statistics is bitwise that of evaluation. With `updates=False` running statistics move as in training, by the
@@ -100,8 +100,7 @@ def _changed(tree: Any, layers: Layers | None, change: Callable[[Any], Any]) -> 
     """With the chosen states changed, of which only the marks are."""
     if isinstance(tree, nnx.Module):
         return _changed_module(tree, layers, change)
-    if any(isinstance(node, nnx.Variable) for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))):
-        raise TypeError("an NNX model's state belongs to its graph, which has the marks too: give the model, and split it after.")
+    check_tree(tree)
     if isinstance(tree, Mapping) and {_COLLECTION, "params"} & set(tree):
         variables = {**tree, _COLLECTION: _changed(tree.get(_COLLECTION, {}), layers, change)}
         return FrozenDict(variables) if isinstance(tree, FrozenDict) else variables
