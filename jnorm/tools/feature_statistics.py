@@ -14,7 +14,7 @@ from flax import nnx
 from .. import nnx as jnx
 from .._norms.feature_standardization import KEYS, _check_keys
 from ._data_files import reading
-from ._layers import Layers, chosen, path_text
+from ._layers import Layers, check_tree, chosen, path_text
 from ._written_files import replacing
 
 Model = TypeVar("Model")
@@ -116,6 +116,7 @@ def with_feature_statistics(model: Model, statistics: Any, layers: Layers | None
         return _in_module(model, statistics, layers)
     if isinstance(model, Mapping) and isinstance(model.get(_COLLECTION), Mapping) and not _is_statistics(model):
         return type(model)({**model, _COLLECTION: with_feature_statistics(model[_COLLECTION], statistics, layers)})  # type: ignore[call-arg]
+    check_tree(model)
     found = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_statistics)
     wanted = set(chosen(_some(path_text(path) for path, node in found if _is_statistics(node)), layers, "layers"))
 

@@ -67,6 +67,7 @@ def recalibrate(
       ValueError: no batches, or none left for the second pass; no running statistics in the tree; `layers` that match none; a norm that saw
         nothing, such as one of a branch that the step does not run; a step that collected nothing, as evaluation does, or that returns
         another tree; an unknown estimator; a momentum that does not fit.
+      TypeError: a Linen module, or the state of an NNX model, without its graph.
       ImportError: `progress` without rich.
 
     Numerics:
