@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ._haiku import Tree
-from ._source import Weights, dotted, no_weights, note
+from ._source import Weights, dotted, no_weights, note, squeezed
 
 _NAMES = {"w": "kernel", "b": "bias", "scale": "scale", "offset": "bias", "embeddings": "embedding"}
 _HEADS = {"query", "key", "value", "linear"}
@@ -43,7 +43,7 @@ def weights_of_haiku(params: Tree, state: Tree | None = None) -> Weights:
         name = _name(module, modules)
         norm = set(entries) <= {"scale", "offset"}
         arrays = {_NAMES.get(key, key): np.array(a) for key, a in entries.items()}
-        note(weights, name, {key: a.ravel() if norm else a for key, a in arrays.items()})
+        note(weights, name, {key: a.reshape(squeezed(a.shape)) if norm else a for key, a in arrays.items()})
     for module, entries in (state or {}).items():
         _note_state(weights, module, entries, modules)
     if not weights.values:
@@ -64,6 +64,6 @@ def _note_state(weights: Weights, module: str, entries: Any, modules: set[str]) 
         note(weights, _name(module, modules), {key: np.array(a) for key, a in entries.items()})
         return
     name = _name(ema[1], modules)
-    note(weights, name, {ema[2]: np.array(entries["average"]).ravel()})
+    note(weights, name, {ema[2]: (average := np.array(entries["average"])).reshape(squeezed(average.shape))})
     weights.steps[name] = int(entries["counter"])
     weights.debiased[dotted(name, ema[2])] = {key: np.array(a) for key, a in entries.items()}

@@ -13,7 +13,7 @@ class Weights(NamedTuple):
 
     Args:
       values: arrays by layer and name, as "encoder.dense.kernel", in Flax's layouts: kernel and bias, embedding, scale and bias, mean and
-        var. Those of norms are flat, and kernels of attention are matrices.
+        var. Those of norms are without axes of size 1, and kernels of attention are matrices.
       norms: by layer, with the hyperparameters, where the source has them.
       plain: kernels as they are used, by the name of one that is normalized, for a model that does not normalize it.
       steps: how many steps a debiased average of that layer made, where the momentum is not known.
@@ -42,9 +42,14 @@ def note(weights: Weights, name: str, arrays: Mapping[str, Any]) -> None:
 
 def note_norm(weights: Weights, name: str, norm: Norm) -> None:
     arrays = {key: getattr(norm, key) for key in ("scale", "bias", "mean", "var")}
-    note(weights, name, {key: None if a is None else a.ravel() for key, a in arrays.items()})
+    note(weights, name, {key: None if a is None else a.reshape(squeezed(a.shape)) for key, a in arrays.items()})
     weights.norms[name] = norm
 
 
 def dotted(*names: str) -> str:
     return ".".join(name for name in names if name)
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without axes of size 1, but of one axis at least."""
+    return tuple(n for n in shape if n != 1) or (1,)

@@ -14,12 +14,12 @@ from flax.core import meta
 
 from .._layers import Layers
 from ._checks import problems_of
+from ._entries import check_flattened, pairs_with
 from ._haiku import check_debiased, count_of
-from ._layouts import Arrays, Entry, bare_entry
-from ._match import MatchBy, Pair, Rename, names_by_order, read, renamer, selected, some
+from ._match import MatchBy, Rename, names_by_order, read, renamer, selected, some
 from ._models import like
 from ._source import Weights, dotted
-from ._trees import ATTENTION, DENSE, NORMS, Layer, Model, at, join, of_linen_model, of_nnx_model
+from ._trees import NORMS, Layer, Model, at, join, of_linen_model, of_nnx_model
 
 _BESIDE = ("kernel_scale", "kernel_u", "kernel_sigma")
 
@@ -50,8 +50,9 @@ def load(
       match: "name", or "order": the layers of both in the order of their definition.
       layers: only these, by path.
       ignore: patterns of keys of the source that are left.
-      flattened: paths of dense layers whose features were flattened from (C, H, W) there, and are from (H, W, C) here, with
-        that shape.
+      flattened: paths of dense layers and norms whose features were flattened from (C, H, W) there, and are from (H, W, C) here, with
+        that shape; of norms over all of these axes too. A norm over several axes in NNX, whose variables are flat, needs it always: with
+        (C*H*W,) the order stays.
 
     Returns:
       A new model. Epsilon and momentum of its norms are those of the source, where the source has them.
@@ -146,18 +147,17 @@ def _values(
 ) -> dict[str, np.ndarray]:
     """The values of the model's variables, by path; hyperparameters are set, or compared."""
     paths, shapes = selected(found, layers), dict(flattened or {})
-    if unknown := set(shapes) - set(found.layers):
-        raise ValueError(f"flattened has {sorted(unknown)}, but the layers are {some(list(found.layers))}.")
+    check_flattened(found, shapes)
     if match not in ("name", "order"):
         raise ValueError(f'match must be "name" or "order", got {match!r}.')
     if match == "order" and rename is not None:
         raise ValueError('match="order" asks for no names: leave rename out.')
     name: Callable[[str], str] = renamer(rename)
     if match == "order":
-        by_order = names_by_order(found, _without_beside(weights, set()), _pairs(found, name, shapes), paths)
+        by_order = names_by_order(found, _without_beside(weights, set()), pairs_with(found, weights, name, shapes), paths)
         name = functools.partial(_by_order, by_order)
     wrapped = {name(layer.name) for layer in found.layers.values() if layer.wrapper is not None}
-    values = read(found, _pairs(found, name, shapes), _without_beside(weights, wrapped), paths, ignore)
+    values = read(found, pairs_with(found, weights, name, shapes), _without_beside(weights, wrapped), paths, ignore)
     problems: list[str] = []
     for path, layer in found.layers.items():
         if path in paths and type(layer.module).__name__ in NORMS:
@@ -210,66 +210,3 @@ def _options_of(layer: Layer, weights: Weights, name: str, set_too: bool) -> tup
         told = f"the average is debiased, and its count of {count:g} has not come to the limit: the norm needs track_count=True"
         return [told], None
     return [], count
-
-
-# --- Entries --------------------------------------------------------------------------------------------------------------------------
-
-
-def _pairs(found: Model, name: Callable[[str], str], flattened: Mapping[str, tuple[int, ...]]) -> list[Pair]:
-    pairs = []
-    for path, layer in found.layers.items():
-        theirs = name(layer.name)
-        for variable, shape in _owned(found, layer):
-            entry = _entry(layer, variable, shape, flattened.get(path))
-            pairs.append(Pair(path, entry, tuple(dotted(theirs, key) for key in entry.theirs)))
-    for path, theirs in found.bare.items():
-        pairs.append(Pair(path, bare_entry(path), (name(theirs),)))
-    return pairs
-
-
-def _owned(found: Model, layer: Layer) -> list[tuple[str, tuple[int, ...]]]:
-    """A layer's variables, and those that its wrapper has beside. The count follows from others."""
-    prefixes = [join(layer.prefix, "")] if not layer.prefix else [f"{layer.prefix}/"]
-    prefixes += [f"{layer.beside}/"] if layer.wrapper is not None else []
-    owned = {path for path in found.variables if any(path.startswith(prefix) for prefix in prefixes)}
-    count = join(layer.prefix, "count")
-    return [(path, tuple(found.variables[path].shape)) for path in found.variables if path in owned and path != count]
-
-
-def _entry(layer: Layer, path: str, shape: tuple[int, ...], flattened: tuple[int, ...] | None) -> Entry:
-    kind, beside = type(layer.module).__name__, layer.wrapper is not None and not _inside(path, layer.prefix, layer.beside)
-    inner = path.removeprefix(f"{layer.beside if beside else layer.prefix}/")
-    key = _beside_key(inner) if beside else inner.replace("/", ".")
-    flat: tuple[int, ...] | None = None
-    if kind in NORMS or beside or (kind in ATTENTION and len(shape) < 3):
-        flat = (math.prod(shape),)
-    elif kind in ATTENTION:
-        flat = (math.prod(shape[:-1]), shape[-1]) if inner.startswith("out/") else (shape[0], math.prod(shape[1:]))
-    if kind in DENSE and inner == "kernel" and flattened is not None:
-        return _entry_of(path, key, lambda a: _rows(a, flattened, True), lambda a: _rows(a, flattened, False))
-    if flat is not None:
-        return _entry_of(path, key, lambda a: a.reshape(shape), lambda a: a.reshape(flat))
-    return _entry_of(path, key, lambda a: a, lambda a: a)
-
-
-def _inside(path: str, prefix: str, beside: str) -> bool:
-    """Whether a variable is the layer's own: where the wrapper's are under the same prefix they are deeper, or elsewhere."""
-    return path.startswith(f"{prefix}/") and not (beside.startswith(f"{prefix}/") and path.startswith(f"{beside}/"))
-
-
-def _beside_key(inner: str) -> str:
-    last = inner.rpartition("/")[2]
-    return f"kernel_{last}" if last in ("u", "sigma") else "kernel_scale"
-
-
-def _entry_of(path: str, key: str, there: Callable[..., np.ndarray], back: Callable[..., np.ndarray]) -> Entry:
-    def to_ours(a: np.ndarray) -> Arrays:
-        return (there(a),)
-
-    return Entry((path,), (key,), to_ours, lambda a: (back(a),))
-
-
-def _rows(kernel: np.ndarray, shape: tuple[int, ...], last: bool) -> np.ndarray:
-    """Of a kernel whose inputs were flattened from (C, H, W), or from (H, W, C)."""
-    there = shape if last else (*shape[1:], shape[0])
-    return np.moveaxis(kernel.reshape(*there, -1), 0 if last else -2, -2 if last else 0).reshape(kernel.shape)
