@@ -1,12 +1,13 @@
 """Programs in which a norm is just within, or just beyond, what folds without a change of the output."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from jnorm import tools
-from test_fold import IMAGE, Net, check_nnx, norm, ready, rngs
+from test_fold import IMAGE, Fn, Net, check_nnx, linen_norm, norm, ready, rngs
 
 
 def conv(i, o, **options):
@@ -148,3 +149,27 @@ def test_a_grouped_convolution_with_a_reshaped_kernel():
     """The outputs, in which the groups lie, are two axes of the parameter."""
     modules = {"kernel": nnx.Param(jnp.ones((1, 2, 3, 2))), "bias": nnx.Param(jnp.ones((1, 1, 6)))}
     kept(grouped, "in groups", x=jnp.ones((2, 5, 4)), n=norm(4), **modules)
+
+
+def kernel_given_out(net, x):
+    return net.n(net.layer(x)), net.layer.kernel[...]
+
+
+def kernel_stored(net, x):
+    net.seen = nnx.Cache(net.layer.kernel[...])
+    return net.n(net.layer(x))
+
+
+@pytest.mark.parametrize("call", [kernel_given_out, kernel_stored], ids=["output", "stored"])
+def test_a_parameter_that_is_given_out(call):
+    kept(call, "layer/kernel", "more than once", layer=nnx.Linear(3, 3, rngs=rngs()))
+
+
+def test_a_parameter_that_is_given_out_in_linen():
+    def call(x):
+        layer = nn.Dense(3, name="layer")
+        return linen_norm(name="n")(layer(x)), layer.variables["params"]["kernel"]
+
+    model, x = Fn(call), jnp.ones((2, 3))
+    report = tools.fold(model, jax.jit(model.init)(jax.random.key(0), x), x).report
+    assert "more than once" in report.kept["n"]

@@ -94,16 +94,19 @@ def marked(jaxpr: Any) -> set[str]:
     return here.union(*(marked(body) for e in jaxpr.eqns for body in bodies(e.params)))
 
 
-def graph_of(closed: Any, leaves: Sequence[Any]) -> Graph:
-    """Of a closed jaxpr, whose first arguments are the model's: parameters of these names, or None for what is none.
+def graph_of(closed: Any, leaves: Sequence[Any], after: Sequence[int | None]) -> Graph:
+    """Of a closed jaxpr. What nothing uses is left out.
 
-    An argument that is given back as it is is no use of it, and what nothing uses is left out.
+    Args:
+      closed: its first arguments are the model's.
+      leaves: their names, of parameters, or None for what is none.
+      after: of each result, which of the arguments it is the next value of, if any; where that is as it was, it is no use of it.
     """
     own = [_value(v, leaf=leaf, fixed=True) for v, leaf in zip(closed.jaxpr.invars, leaves, strict=False)]
     inputs = own + [_value(v) for v in closed.jaxpr.invars[len(own) :]]
     steps: list[Step] = []
-    for out in _open(closed.jaxpr, closed.consts, inputs, "", steps):
-        out.is_output |= out not in inputs
+    for out, before in zip(_open(closed.jaxpr, closed.consts, inputs, "", steps), after, strict=True):
+        out.is_output |= before is None or out is not inputs[before]
     used, kept = set(), []
     for step in reversed(steps):
         if any(v.is_output or id(v) in used for v in step.outputs):

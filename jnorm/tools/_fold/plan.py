@@ -41,24 +41,29 @@ def _is_value(k: Any) -> bool:
 
 
 def trace(run: Callable[..., Any], tree: Any, args: tuple, kwargs: dict, name_of: Callable[[Key], Key | None]) -> Graph:
-    """The graph of `run(tree, args, kwargs)`; what is no array in the arguments is a constant of it.
+    """The graph of `run(tree, args, kwargs)`, which gives outputs and a tree; what is no array in the arguments is a constant of it.
 
     Leaves of the tree have the names that `name_of` gives, or None for what is no parameter.
     """
     leaves, structure = jax.tree.flatten((args, kwargs))
+    ends: list[Key | None] = []
     dynamic = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
     def traced(tree: Any, arrays: list[Any]) -> list[Any]:
         given = list(leaves)
         for i, a in zip(dynamic, arrays, strict=True):
             given[i] = a
-        out = run(tree, *jax.tree.unflatten(structure, given))
-        return [leaf for leaf in jax.tree.leaves(out) if hasattr(leaf, "dtype")]
+        out, after = run(tree, *jax.tree.unflatten(structure, given))
+        named = [(None, leaf) for leaf in jax.tree.leaves(out)] + jax.tree_util.tree_leaves_with_path(after)
+        named = [(path, leaf) for path, leaf in named if hasattr(leaf, "dtype")]
+        ends.extend(None if path is None else key_of(path) for path, _ in named)
+        return [leaf for _, leaf in named]
 
     with freshly_traced():
         closed = jax.make_jaxpr(traced)(tree, [leaves[i] for i in dynamic])
     keys = [key_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return graph_of(closed, [name_of(k) for k in keys])
+    place = {k: i for i, k in enumerate(keys)}
+    return graph_of(closed, [name_of(k) for k in keys], [None if k is None else place.get(k) for k in ends])
 
 
 def plan(graph: Graph, calls: Calls, chosen: Iterable[str], new_bias: NewBias) -> tuple[list[Pair], Report]:
