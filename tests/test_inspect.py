@@ -206,7 +206,6 @@ def test_channels(rng):
         ([1, 1, 500, 1], (2,)),
         ([0.01, 0.02, 3, 0.01], (2,)),
         ([1, 50, 0.1, 1], ()),
-        ([1, np.nan, 1, 1], (1,)),
         ([0] * 4, ()),
     ):
         found = only(tools.inspect_norms(step, state, batches[:4], params={"scale": np.float32(scale)}))
@@ -220,7 +219,31 @@ def test_statistics_that_are_no_numbers(rng):
     assert layer.not_finite == (1, 3) and [f.kind for f in layer.findings] == ["not finite"]
     assert np.isfinite(layer.kl) and json.dumps(report.to_dict(), allow_nan=False)
     nothing = {key: np.full(CHANNELS, np.nan, np.float32) for key in state}
-    assert only(tools.inspect_norms(step, nothing, normal(rng, 2))).kl is None
+    lost = tools.inspect_norms(step, nothing, normal(rng, 2))
+    assert only(lost).kl is None and kinds(lost) == [["not finite"]] and lost.verdict == "1 of 1 norms has findings: 1 × not finite."
+    state = {"mean": np.zeros(CHANNELS, np.float32), "var": np.float32([1, -0.5, 1, 1])}
+    scale = np.float32([1, 1, np.nan, np.inf])
+    negative = only(tools.inspect_norms(step, state, normal(rng, 2), params={"scale": scale}))
+    assert [f.kind for f in negative.findings] == ["not finite", "negative variance"]
+    assert (negative.negative_variance, negative.not_finite_scale, negative.exploding) == ((1,), (2, 3), ())
+    assert (negative.scale_min, negative.scale_max) == (1, 1)
+
+
+@pytest.mark.parametrize("flax", [False, True])
+def test_batches_that_are_no_numbers(flax, rng):
+    """The channels that have them, of one batch of three; a loss that is no number is no health either."""
+    batches = normal(rng, 3)
+    batches[1][3, 2], batches[1][5, 0] = np.nan, np.inf
+    state = {"mean": np.zeros(CHANNELS, np.float32), "var": np.ones(CHANNELS, np.float32)}
+    run, loss = step, lambda s, x: jnp.mean(jnorm.batch_norm(x, s, use_running_average=True)[0])
+    if flax:
+        net, params = nn.BatchNorm(use_running_average=False), {"scale": np.ones(CHANNELS), "bias": np.zeros(CHANNELS)}
+        run = lambda s, x: net.apply({"params": params, "batch_stats": s}, x, mutable=["batch_stats"])[1]["batch_stats"]  # noqa: E731
+    report = tools.inspect_norms(run, state, batches, loss=loss)
+    assert only(report).not_finite_input == (0, 2) and kinds(report) == [["not finite input"]]
+    assert "gives no finite loss" in report.verdict and np.isfinite(only(report).kl)
+    healthy = tools.inspect_norms(run, state, batches[:1], loss=lambda s, x: jnp.sum(s["mean"]) * jnp.nan)
+    assert "Nothing is wrong" not in healthy.verdict and "No norm has findings" in healthy.verdict
 
 
 # --- the loss -----------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def flat(a: Any) -> np.ndarray:
 # --- Norms that do not collect ------------------------------------------------------------------------------------------------
 
 
+@np.errstate(invalid="ignore")  # of batches that have infinite values
 def _told_from_averages(subject: Subject, paths: list[str], batches: list[Any]) -> dict[str, Found]:
     """Flax's own norms, from where their averages move: ρ·0 + (1 − ρ)·s and ρ·a + (1 − ρ)·s tell ρ and the batch's s.
 

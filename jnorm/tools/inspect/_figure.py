@@ -21,7 +21,7 @@ def draw(report: Report, path: str | Path | None) -> Any:
         raise ImportError('plot() needs matplotlib, which the extra has: python -m pip install "jnorm[examples]".') from e
     layers = [layer for layer in report.layers if layer.kl is not None]
     if not layers:
-        raise ValueError("there is nothing to plot: none of the norms has running statistics that were used.")
+        raise ValueError("there is nothing to plot: none of the norms has running statistics that were used and are numbers.")
     panels = 4 if report.losses is not None else 3
     figure = Figure(figsize=(2.2 + 2.7 * panels, 1.6 + 0.28 * len(layers)), layout="constrained")
     FigureCanvasAgg(figure)  # no display is needed

@@ -33,14 +33,19 @@ def measure(
     stored = {key: flat(state[key]) for key in AVERAGES if key in state}
     divides = "mean" in stored and len(stored) > 1
     (mean, var), (mean_b, var_b) = (_moments(s, epsilon, divides) for s in (stored, found.pooled))
-    finite = np.isfinite(mean) & np.isfinite(var)
+    finite, negative = np.isfinite(mean) & np.isfinite(var), _negative(stored)
+    counted = found.counts.any(0)
+    of_input = np.isfinite(mean_b) & np.isfinite(var_b)
     numbers: dict[str, Any] = {
         "channels": len(mean),
+        "used": bool(counted.any()),
         "not_finite": _which(~finite),
+        "not_finite_input": _which(counted & ~of_input),
+        "negative_variance": _which(finite & negative),
         "batches_remembered": memory[0],
         "gain_max": _largest(_magnitude(scale, len(mean)) / np.sqrt(np.maximum(var, TINY))),
     }
-    there = found.counts.any(0) & finite & np.isfinite(mean_b) & np.isfinite(var_b)
+    there = counted & finite & ~negative & of_input
     if not there.any():
         return numbers | _of_scale(scale, len(mean)), Signs()
     each = {key: a[:, there] for key, a in found.each.items()}
@@ -94,6 +99,11 @@ def _moments(averages: Mapping[str, np.ndarray], epsilon: float, divides: bool) 
     if not divides:
         return averages["mean"], np.ones(averages["mean"].shape)
     return averages["mean"], np.real(averages["var"] if "var" in averages else averages["std"] ** 2) + epsilon
+
+
+def _negative(stored: Mapping[str, np.ndarray]) -> np.ndarray:
+    second = next((stored[key] for key in ("var", "std") if key in stored), None)
+    return np.zeros(len(next(iter(stored.values()))), bool) if second is None else np.real(second) < 0
 
 
 def _divergence(ratio: np.ndarray, squared_distance: Any) -> np.ndarray:
@@ -156,13 +166,15 @@ def _of_scale(scale: np.ndarray | None, channels: int) -> dict[str, Any]:
     if scale is None:
         return {}
     size = _magnitude(scale, channels)
-    living = size[size > DEAD]
+    finite = size[np.isfinite(size)]
+    living = finite[finite > DEAD]
     usual = min(float(np.median(living)), 1.0) if living.size else 1.0
     return {
-        "scale_min": float(size.min()),
-        "scale_max": float(size.max()),
+        "scale_min": float(finite.min()) if finite.size else None,
+        "scale_max": float(finite.max()) if finite.size else None,
         "dead": _which(size <= DEAD),
-        "exploding": _which(~(size <= EXPLODING * usual)),  # what is no number, too
+        "exploding": _which(np.isfinite(size) & (size > EXPLODING * usual)),
+        "not_finite_scale": _which(~np.isfinite(size)),
     }
 
 

@@ -24,7 +24,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """The numbers of a norm, over its channels; and what is wrong with it. What cannot be told is None.
+    """The numbers of a norm, over its channels that are numbers; and what is wrong with it. What cannot be told is None.
 
     Args:
       path: of the norm in the model.
@@ -32,6 +32,7 @@ class LayerReport:
       channels: how many.
       findings: what is wrong; nothing, as a rule.
       frozen: its running statistics normalize in training too.
+      used: it has running statistics, and the step called it.
       samples: how many values of a channel a batch has.
       noise: the standard error of one batch's mean, in standard deviations: root mean square.
       batches_remembered: how many batches the running averages remember: the count of those that count, else 1 / (1 − momentum).
@@ -51,6 +52,9 @@ class LayerReport:
       below_epsilon: those whose variance is less than epsilon.
       exploding: those whose scale is far too large.
       not_finite: those whose running statistics are NaN or infinite.
+      not_finite_scale: those whose scale is.
+      not_finite_input: those whose input in the batches is.
+      negative_variance: those whose running variance is below 0.
       loss_alone: what changes in the loss of evaluation if this layer alone has the statistics of the batches.
       loss_without: what changes in the loss with the statistics of the batches if this layer alone has the running ones.
     """
@@ -60,6 +64,7 @@ class LayerReport:
     channels: int
     findings: tuple[Finding, ...] = ()
     frozen: bool = False
+    used: bool = False
     samples: float | None = None
     noise: float | None = None
     batches_remembered: float | None = None
@@ -79,6 +84,9 @@ class LayerReport:
     below_epsilon: tuple[int, ...] = ()
     exploding: tuple[int, ...] = ()
     not_finite: tuple[int, ...] = ()
+    not_finite_scale: tuple[int, ...] = ()
+    not_finite_input: tuple[int, ...] = ()
+    negative_variance: tuple[int, ...] = ()
     loss_alone: float | None = None
     loss_without: float | None = None
 

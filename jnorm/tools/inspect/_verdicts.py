@@ -17,8 +17,8 @@ RECALIBRATE = "recalibrate (jnorm.tools.recalibrate)"
 
 
 def findings(layer: LayerReport, signs: Signs, losses: Losses | None) -> tuple[Finding, ...]:
-    found = [_not_finite(layer), _diverges(layer, signs, losses), _noisy(layer, signs), *_channels(layer), _sensitive(layer, signs, losses)]
-    return tuple(finding for finding in found if finding is not None)
+    found = [*_no_numbers(layer), _diverges(layer, signs, losses), _noisy(layer, signs), *_channels(layer)]
+    return tuple(finding for finding in (*found, _sensitive(layer, signs, losses)) if finding is not None)
 
 
 def diverges(layer: LayerReport, signs: Signs) -> bool:
@@ -28,11 +28,21 @@ def diverges(layer: LayerReport, signs: Signs) -> bool:
     return (layer.kl > EFFECT and layer.kl > SURE * layer.kl_noise) or signs.off > 0
 
 
-def _not_finite(layer: LayerReport) -> Finding | None:
-    if not layer.not_finite:
-        return None
-    text = f"the running statistics of {_of(layer.not_finite, layer)} are NaN or infinite"
-    return Finding("not finite", text, f"{RECALIBRATE}; a batch in training had an infinite value, or the loss diverged")
+def _no_numbers(layer: LayerReport) -> list[Finding]:
+    found = []
+    if layer.not_finite:
+        text = f"the running statistics of {_of(layer.not_finite, layer)} are NaN or infinite"
+        found.append(Finding("not finite", text, f"{RECALIBRATE}; a batch in training had an infinite value, or the loss diverged"))
+    if layer.not_finite_scale:
+        text = f"the scale of {_of(layer.not_finite_scale, layer)} is NaN or infinite"
+        found.append(Finding("not finite", text, "take parameters from before: the loss diverged; a smaller learning rate, clipped gradients"))
+    if layer.not_finite_input:
+        text = f"the input of {_of(layer.not_finite_input, layer)} has NaN or infinite values in these batches"
+        found.append(Finding("not finite input", text, "look at the first norm that has this: at the data, or at the layers before it"))
+    if layer.negative_variance:
+        text = f"the running variance of {_of(layer.negative_variance, layer)} is negative, which no average of variances is"
+        found.append(Finding("negative variance", text, f"{RECALIBRATE}; look where the statistics are from: converted, or written over"))
+    return found
 
 
 def _diverges(layer: LayerReport, signs: Signs, losses: Losses | None) -> Finding | None:
@@ -156,15 +166,18 @@ def _ratio(layer: LayerReport) -> str:
 
 
 def overall(layers: list[LayerReport], losses: Losses | None) -> str:
-    running = [layer for layer in layers if layer.kl is not None]
+    running = [layer for layer in layers if layer.used]
     wrong = [layer for layer in layers if layer.findings]
     if not running:
         text = "None of these norms has running statistics that were used: they do the same in training and in evaluation."
         return text + _counted(wrong, layers)
-    return (_of_losses(losses, running) if losses is not None else "") + _counted(wrong, layers).strip()
+    finite = losses is None or bool(np.isfinite(losses.means).all())
+    return (_of_losses(losses, running) if losses is not None else "") + _counted(wrong, layers, finite).strip()
 
 
-def _counted(wrong: list[LayerReport], layers: list[LayerReport]) -> str:
+def _counted(wrong: list[LayerReport], layers: list[LayerReport], finite: bool = True) -> str:
+    if not wrong and not finite:
+        return " No norm has findings: look at the data, at the weights, and at the loss itself."
     if not wrong:
         return f" Nothing is wrong with the {len(layers)} norms." if len(layers) > 1 else " Nothing is wrong with the norm."
     kinds = dict.fromkeys(finding.kind for layer in wrong for finding in layer.findings)
@@ -178,8 +191,8 @@ def _of_losses(losses: Losses, layers: list[LayerReport]) -> str:
     text += f"{pooled:.4g} with those of all of them, as after recalibrate. "
     if running == pooled == own and any(layer.kl for layer in layers):
         return text + "It does not depend on the statistics at all: has the loss to use the state that it is given, in evaluation mode? "
-    if not np.isfinite(running):
-        return text + "Evaluation gives no finite loss. "
+    if not np.isfinite(losses.means).all():
+        return text + ("Evaluation gives no finite loss. " if not np.isfinite(running) else "Not each of these losses is finite. ")
     if not significant(losses.running, losses.own):
         return (
             text + "The norms make no gap between training and evaluation on these batches: look at overfitting, dropout and other data. "
