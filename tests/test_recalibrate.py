@@ -273,6 +273,46 @@ def test_bad_arguments():
         tools.merge_populations(one, one)
 
 
+def test_a_step_that_returns_more_than_the_state():
+    state, x = {"a": jnorm.batch_norm_state(1)}, np.ones((2, 1), np.float32)
+    with refuses("returned tuple", "lacks a/mean", "its item [1] alone?"):
+        tools.recalibrate(lambda s, x: (x, {"a": step(s["a"], x)}), state, [x])
+    with pytest.raises(ValueError, match=r"it returned ndarray\.$"):
+        tools.recalibrate(lambda s, x: x, state, [x])
+
+
+def test_a_momentum_that_is_not_known():
+    with refuses("momentum", "a known number"):
+        jax.jit(lambda m: tools.recalibrate(step, jnorm.batch_norm_state(1), [0], estimator="exponential", momentum=m))(0.5)
+
+
+def test_populations_of_unlike_models():
+    one = tools.population_state({"a": jnorm.batch_norm_state(1), "other": jnp.ones(2)})
+    both = tools.merge_populations(flax.core.freeze(one), one)
+    assert isinstance(both, flax.core.FrozenDict) and both["a"].keys() == one["a"].keys()
+    with refuses("the first alone has the states ['a']", "the second alone ['b']"):
+        tools.merge_populations(one, {"b": one["a"]})
+    with refuses("'a'", "same shapes", "(1,)", "(2,)"):
+        tools.merge_populations(one, {"a": tools.population_state(jnorm.batch_norm_state(2))})
+
+
+def test_populations_that_saw_nothing():
+    start = {"n": jnorm.batch_norm_state(1), "o": jnorm.batch_norm_state(1)}
+    with refuses("no state collects", "population_state"):
+        tools.population_statistics(start)
+    population = tools.population_state(start)
+    with refuses("collects already"):
+        tools.population_state(population)
+    with refuses("nothing was collected:"):
+        tools.population_statistics(population)
+    seen = {**population, "n": step(population["n"], np.ones((2, 1), np.float32))}
+    with refuses("nothing was collected in 'o':"):
+        tools.population_statistics(seen)
+    frozen = tools.population_state(tools.freeze(start, "o"))
+    new = tools.population_statistics({**frozen, "n": seen["n"]})
+    assert float(new["o"]["mean"][0]) == 0 and float(new["n"]["mean"][0]) == 1
+
+
 def test_a_state_that_counts_twice():
     state = tools.population_state(jnorm.batch_norm_state(1))
     with refuses("'mean', 'var'"):

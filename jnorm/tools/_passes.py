@@ -12,7 +12,7 @@ from .._pipeline.marks import STATISTICS, UPDATES, marked
 from .._pipeline.population import collects, key_of
 from ._layers import Layers, chosen, path_text, states_of, with_states
 from ._progress import progress_bar
-from .population import AVERAGES, ESTIMATORS, averages_of, check_estimator, collecting, nothing_collected, saw_something
+from .population import AVERAGES, ESTIMATORS, averages_of, check_estimator, check_fresh, collecting, nothing_collected, saw_something
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 RecalibrationEstimator = Literal["pooled", "mean", "cumulative", "exponential"]
@@ -56,8 +56,8 @@ class Passes(NamedTuple):
             raise ValueError(
                 f'momentum goes with estimator="exponential", and is needed there, got {self.momentum} with {self.estimator!r}.'
             )
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum is the weight of a batch in that of the next, from 0 to 1, got {self.momentum}.")
+        if self.momentum is not None and (isinstance(self.momentum, Tracer) or not 0 <= self.momentum <= 1):
+            raise ValueError(f"momentum is the weight of a batch in that of the next, a known number from 0 to 1, got {self.momentum}.")
         if self.others not in ("running", "batch"):
             raise ValueError(f'others must be "running" or "batch", got {self.others!r}.')
         if not self.tolerance >= 0 or (self.tolerance and not self.layer_by_layer):
@@ -69,8 +69,7 @@ class Passes(NamedTuple):
             )
 
     def _chosen(self, given: States) -> list[str]:
-        if any(collects(state) for state in given.values()):
-            raise ValueError("a state collects already; give the state from before population_state.")
+        check_fresh(given)
         free = [path for path, state in given.items() if UPDATES not in state]
         if not free:
             raise ValueError("the statistics of all norms are frozen, so that there are none to re-estimate; see jnorm.tools.thaw.")
@@ -163,8 +162,10 @@ def _check_shapes(got: dict[str, Any], wanted: dict[str, Any], tree: Any) -> Non
         return
     lacks, more = ([key for key in one if key not in two][:5] for one, two in ((wanted, got), (got, wanted)))
     shapes = [f"{key} of shape {got[key]} for {wanted[key]}" for key in got if got[key] != wanted.get(key, got[key])][:5]
+    told = ", and ".join(f"{what} {', '.join(some)}" for what, some in (("lacks", lacks), ("has also", more), ("has", shapes)) if some)
+    meant = [number for number, part in enumerate(tree) if _shapes(part) == wanted] if isinstance(tree, tuple) else []
     raise ValueError(
-        f"the step must return the new state, with the entries of the one that it was given; it returned {type(tree).__name__}, "
-        + ", and ".join(f"{what} {', '.join(some)}" for what, some in (("lacks", lacks), ("has also", more), ("has", shapes)) if some)
-        + "."
+        f"the step must return the new state, with the entries of the one that it was given; it returned {type(tree).__name__}"
+        + ("." if list(got) == [""] else f", which {told}.")
+        + (f" Did you mean to return its item [{meant[0]}] alone?" if meant else "")
     )

@@ -38,7 +38,7 @@ def blend_statistics(
         training.
       target: the same after :func:`recalibrate` on the samples, with `estimator="mean"` for the paper's unbiased variance.
       source_count: N ≥ 0, how many samples the source is worth, a number or a traced scalar: 0 is the target alone, infinity the source.
-      count: n ≥ 1, how many samples the target was taken from.
+      count: n ≥ 1, finite, how many samples the target was taken from.
       adapt: "both", or what alone is blended, "mean" or "var"; the other stays the source's.
       layers: the norms to blend, by path ("encoder/block_0/norm"): a pattern, several, or a function from path to bool; None: all. The
         rest keep the source's statistics.
@@ -67,8 +67,8 @@ def blend_statistics(
     """
     if adapt not in ("both", "mean", "var"):
         raise ValueError(f'adapt must be "both", "mean" or "var", got {adapt!r}.')
-    _check_count("source_count", source_count, 0)
-    _check_count("count", count, 1)
+    _check_count("source_count", source_count, 0, float("inf"))
+    _check_count("count", count, 1, float(jnp.finfo(jnp.float32).max))
     # With N of 0 or infinity too.
     share = 1 / (1 + jnp.asarray(count, jnp.float32) / jnp.asarray(source_count, jnp.float32))
     if not isinstance(source, nnx.Module):
@@ -81,9 +81,10 @@ def blend_statistics(
     return new
 
 
-def _check_count(name: str, number: Any, least: int) -> None:
-    if jnp.shape(number) or not (isinstance(number, Tracer) or float(number) >= least):
-        raise ValueError(f"{name} is a number of samples, at least {least}, got {number!r}.")
+def _check_count(name: str, number: Any, least: int, most: float) -> None:
+    known = isinstance(number, int | float) or hasattr(number, "dtype")
+    if not known or jnp.shape(number) or not (isinstance(number, Tracer) or least <= float(number) <= most):
+        raise ValueError(f"{name} is a number of samples, at least {least} and at most {most}, got {number!r}.")
 
 
 def _blended(source: Mapping[str, Any], target: Mapping[str, Any], share: jax.Array, adapt: str, layers: Layers | None) -> dict[str, Any]:
@@ -112,6 +113,4 @@ def _check_same(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
     for path, state in source.items():
         got, wanted = ({key: jnp.shape(s[key]) for key in AVERAGES if key in s} for s in (target[path], state))
         if got != wanted:
-            raise ValueError(
-                f"the state {path!r} has averages of {wanted} in source and {got} in target; they must be alike."
-            )
+            raise ValueError(f"the state {path!r} has averages of {wanted} in source and {got} in target; they must be alike.")

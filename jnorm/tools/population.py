@@ -1,14 +1,16 @@
 """Statistics of a data set, collected by the norms of a model batch by batch."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from .._pipeline.marks import STATISTICS, marked
+from .._pipeline.marks import STATISTICS, UPDATES, marked
 from .._pipeline.population import APART, BATCHES, BIASED, ENTRIES, KEYS, VALUES, collection, collects, key_of, merged
 from .._stats import stats_dtype
-from ._layers import map_states
+from ._layers import map_states, states_of, with_states
 
 Estimator = Literal["pooled", "mean", "cumulative"]
 State = TypeVar("State")
@@ -29,7 +31,8 @@ def population_state(state: State, *, estimator: Estimator = "pooled") -> State:
       state whose running statistics normalize in training mode too (:func:`freeze`) keeps those for that, and collects beside them.
 
     Raises:
-      ValueError: no running statistics in the tree; an unknown estimator.
+      ValueError: no running statistics in the tree, or ones that collect already; an unknown estimator.
+      TypeError: an NNX model, or its state.
 
     Example:
       >>> import jax.numpy as jnp, jnorm, jnorm.tools
@@ -39,7 +42,13 @@ def population_state(state: State, *, estimator: Estimator = "pooled") -> State:
       {'mean': [3.0], 'var': [4.666666507720947], 'values': [3.0]}
     """
     check_estimator(estimator, tuple(ESTIMATORS))
+    check_fresh(states_of(state))
     return map_states(lambda one: collecting(one, estimator, apart=STATISTICS in one), state)
+
+
+def check_fresh(states: Mapping[str, Any]) -> None:
+    if any(collects(state) for state in states.values()):
+        raise ValueError("a state collects already; give the state from before population_state.")
 
 
 def check_estimator(estimator: str, known: tuple[str, ...]) -> None:
@@ -76,7 +85,8 @@ def merge_populations(one: State, two: State) -> State:
       "pooled" are averages of samples already: collect them with "cumulative", which is the same there, and merges as averages.
 
     Raises:
-      ValueError: a state that does not collect, or that collects for another estimator.
+      ValueError: a state that does not collect, or that collects for another estimator; states that differ in their paths, entries or
+        shapes.
 
     Example:
       >>> import jax.numpy as jnp, jnorm, jnorm.tools
@@ -86,13 +96,24 @@ def merge_populations(one: State, two: State) -> State:
       >>> both["mean"].tolist(), both["var"].tolist(), both["values"].tolist()
       ([3.0], [2.0], [5.0])
     """
+    first, second = states_of(one), states_of(two)
+    alone = [sorted(set(a) - set(b))[:5] for a, b in ((first, second), (second, first))]
+    if any(alone):
+        raise ValueError(f"both must be of the same model; the first alone has the states {alone[0]}, the second alone {alone[1]}.")
+    for path, a in first.items():
+        _check_alike(path, a, second[path])
+    new = with_states(one, {path: merged(a, second[path]) for path, a in first.items()})
+    return jax.tree.unflatten(jax.tree.structure(one), jax.tree.leaves(new))
 
-    def both(a: Any, b: Any) -> Any:
-        if not collects(a) or set(a) != set(b):
-            raise ValueError(f"both must be from population_state with the same estimator, got states of {sorted(a)} and of {sorted(b)}.")
-        return merged(a, b)
 
-    return map_states(both, one, two)
+def _check_alike(path: str, a: Any, b: Any) -> None:
+    if not collects(a) or set(a) != set(b):
+        raise ValueError(
+            f"both must be from population_state with the same estimator, got states of {sorted(a)} and of {sorted(b)} at {path!r}."
+        )
+    shapes = [{key: jnp.shape(state[key]) for key in sorted(state)} for state in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the states at {path!r} must be of the same shapes, got {shapes[0]} and {shapes[1]}.")
 
 
 def population_statistics(population: State) -> State:
@@ -105,7 +126,8 @@ def population_statistics(population: State) -> State:
       The tree as it was before :func:`population_state`, with the new averages, in at least float32.
 
     Raises:
-      ValueError: nothing was collected (under `jit` or `vmap`, where that is not known, a state keeps what it had).
+      ValueError: a tree that does not collect; a norm that is not frozen collected nothing, which is named (under `jit` or `vmap`, where
+        that is not known, a state keeps what it had).
 
     Example:
       >>> import jax.numpy as jnp, jnorm, jnorm.tools
@@ -114,16 +136,13 @@ def population_statistics(population: State) -> State:
       >>> {k: v.tolist() for k, v in jnorm.tools.population_statistics(population).items()}
       {'mean': [2.0], 'var': [1.0]}
     """
-    saw = []
-
-    def finished(one: Any) -> Any:
-        saw.append(not collects(one) or saw_something(one))
-        return {key: v for key, v in collection(one).items() if key not in KEYS}
-
-    state = map_states(finished, population)
-    if not any(saw):
-        raise ValueError(nothing_collected())
-    return state
+    states = {path: state for path, state in states_of(population).items() if collects(state)}
+    if not states:
+        raise ValueError("no state collects; give the tree from population_state, after some steps.")
+    blind = [path for path, state in states.items() if UPDATES not in state and not saw_something(state)]
+    if blind or not any(map(saw_something, states.values())):
+        raise ValueError(nothing_collected("" if len(blind) in (0, len(states)) else " in " + ", ".join(map(repr, blind))))
+    return map_states(lambda one: {key: v for key, v in collection(one).items() if key not in KEYS}, population)
 
 
 def saw_something(state: Any) -> bool:
