@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._norm import RUNNING
 from ._trees import ATTENTION, DENSE, NORMS, Layer, Model, join
 
 Arrays = tuple[np.ndarray, ...]
@@ -21,6 +22,7 @@ class Entry(NamedTuple):
     to_ours: Callable[..., Arrays]
     to_theirs: Callable[..., Arrays]
     dim: int = 0  # the rows that spectral normalization sees
+    optional: bool = False  # old files have no such tensor, and nothing here follows from it
 
 
 def entries_of(layer: Layer, model: Model, flattened: Flattened = None) -> list[Entry]:
@@ -108,10 +110,11 @@ def _norm(layer: Layer, model: Model, flattened: Flattened) -> list[Entry]:
     for name, theirs in _NORM_NAMES:
         if (path := join(layer.prefix, name)) in model.variables:
             entries.append(_same(path, theirs) if flattened is None else _flattened_feature(layer, path, theirs, model, flattened))
-    if type(layer.module).__name__ == "BatchNorm":
+    if type(layer.module).__name__ in RUNNING:
         count, momentum = join(layer.prefix, "count"), layer.module.momentum
         if count in model.variables:
-            entries.append(_one(count, "num_batches_tracked", lambda n: _count(n, momentum), lambda n: _batches(n, momentum)))
+            entry = _one(count, "num_batches_tracked", lambda n: _count(n, momentum), lambda n: _batches(n, momentum))
+            entries.append(entry._replace(optional=momentum not in (None, 1)))
         else:
             entries.append(Entry((), ("num_batches_tracked",), lambda n: (), lambda: (np.zeros((), np.int64),)))
     return entries

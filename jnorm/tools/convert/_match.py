@@ -164,6 +164,8 @@ def _tensors(pair: Pair, state: Mapping[str, Any]) -> tuple[list[np.ndarray], se
         if key in state:
             arrays.append(array_of(state[key]))
             used.add(key)
+    if absent and pair.entry.optional:
+        return [np.zeros(())], used, []
     return arrays, used, absent
 
 

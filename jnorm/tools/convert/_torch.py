@@ -205,30 +205,51 @@ def as_torch(norm: Norm, spatial: int = 2) -> Any:
     torch = import_torch()
     if norm.activation is not None:
         raise ValueError("PyTorch's norms have no activation: put it after, and pass dataclasses.replace(norm, activation=None).")
+    _check_axes(norm, spatial)
     has = norm.scale is not None or norm.bias is not None
     dtypes = [a.dtype for a in (norm.scale, norm.bias) if a is not None]
     options: dict[str, Any] = {"eps": norm.epsilon}
     channels, dims = norm.shape[0], f"{max(spatial, 1)}d"
-    over_batch = norm.kind == "LayerNorm" and norm.reduction_axes is not None and 0 in norm.reduction_axes
     if norm.runs:
         options |= _running_options(norm)
-    if norm.kind == "BatchNorm" or over_batch:
+    if norm.kind == "BatchNorm" or _is_over_batch(norm):
         module = getattr(torch.nn, f"BatchNorm{dims}")(channels, affine=has, track_running_stats=norm.runs, **options)
     elif norm.kind in ("InstanceNorm", "TrackedInstanceNorm"):
         module = getattr(torch.nn, f"InstanceNorm{dims}")(channels, affine=has, track_running_stats=norm.runs, **options)
     elif norm.kind == "GroupNorm":
         module = torch.nn.GroupNorm(norm.num_groups, channels, affine=has, **options)
     else:
-        trailing = tuple(range(-len(norm.shape), 0))
-        if norm.feature_axes != trailing or norm.reduction_axes not in (None, trailing):
-            raise ValueError(
-                f"PyTorch's {norm.kind} normalizes the last axes, those of its weight; this one has reduction_axes={norm.reduction_axes} "
-                f"and feature_axes={norm.feature_axes}."
-            )
         extra = {"bias": norm.bias is not None} if norm.kind == "LayerNorm" and has else {}
         module = getattr(torch.nn, norm.kind)(norm.shape, elementwise_affine=has, **extra, **options)
     _fill(module, norm)
     return module.to(tensor_of(np.zeros((), dtypes[0])).dtype) if dtypes else module
+
+
+def _is_over_batch(norm: Norm) -> bool:
+    return norm.kind == "LayerNorm" and norm.reduction_axes is not None and 0 in norm.reduction_axes
+
+
+def _check_axes(norm: Norm, spatial: int) -> None:
+    """PyTorch's classes have their axes by themselves: these have to be the same, wherever the channels of x are here."""
+    told = f"this one has reduction_axes={norm.reduction_axes} and feature_axes={norm.feature_axes}."
+    if norm.kind in ("LayerNorm", "RMSNorm") and not _is_over_batch(norm):
+        trailing = tuple(range(-len(norm.shape), 0))
+        if norm.feature_axes != trailing or norm.reduction_axes not in (None, trailing):
+            raise ValueError(f"PyTorch's {norm.kind} normalizes the last axes, those of its weight; {told}")
+        return
+    if len(norm.shape) != 1:
+        raise ValueError(f"PyTorch's {norm.kind} has one axis of channels; {told}")
+    if norm.reduction_axes is None or norm.kind == "BatchNorm":
+        return
+    # That of a batch norm says how many axes x has: (batch, channels) and (batch, channels, length) are of one class there.
+    ndim = len(norm.reduction_axes) + 1 if _is_over_batch(norm) and spatial < 2 else spatial + 2
+    reduced, channels = {a % ndim for a in norm.reduction_axes}, norm.feature_axes[0] % ndim
+    batch = set() if _is_over_batch(norm) else {0}
+    if norm.kind == "GroupNorm":
+        reduced.discard(channels)
+    if reduced != set(range(ndim)) - batch - {channels} or ndim > max(spatial, 1) + 2:
+        name = "BatchNorm" if _is_over_batch(norm) else norm.kind
+        raise ValueError(f"PyTorch's {name} of x with {ndim} axes (spatial={spatial}) reduces all of its positions; {told}")
 
 
 def _running_options(norm: Norm) -> dict[str, Any]:
