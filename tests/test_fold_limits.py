@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jnorm import tools
-from test_fold import IMAGE, Fn, Net, check_nnx, linen_norm, norm, ready, rngs
+from test_fold import IMAGE, Fn, Net, chain, check_nnx, close, linen_norm, norm, ready, rngs
 
 
 def conv(i, o, **options):
@@ -173,3 +173,41 @@ def test_a_parameter_that_is_given_out_in_linen():
     model, x = Fn(call), jnp.ones((2, 3))
     report = tools.fold(model, jax.jit(model.init)(jax.random.key(0), x), x).report
     assert "more than once" in report.kept["n"]
+
+
+# --- Complex numbers -----------------------------------------------------------------------------------------------------------
+
+
+def complex_norm(rng, n, dtype):
+    """Of complex numbers, in evaluation."""
+    made = norm(n)
+    made.mean = nnx.BatchStat(jnp.asarray(rng.normal(size=n) + 1j * rng.normal(size=n), dtype))
+    return made
+
+
+@pytest.mark.parametrize("names", [("layer", "n"), ("n", "layer")], ids=["before", "after"])
+def test_the_new_bias_of_a_complex_norm_is_complex(names, rng, x64):
+    """Of a layer with a real kernel too."""
+    model = ready(Net(chain(*names), layer=nnx.Linear(3, 3, use_bias=False, rngs=rngs()), n=norm(3)), rng)
+    model.n.mean = complex_norm(rng, 3, jnp.complex128).mean
+    x = jnp.asarray(rng.normal(size=(4, 3)) + 1j * rng.normal(size=(4, 3)))
+    with jax.numpy_dtype_promotion("standard"):
+        folded, report = tools.fold(model, x)
+        got, want = folded(x), model(x)
+    assert report.folded == {"n": "layer"} and folded.layer.kernel[...].dtype == jnp.float64
+    assert folded.layer.bias[...].dtype == got.dtype == jnp.complex128
+    close(got.real, want.real)
+    close(got.imag, want.imag)
+
+
+def test_a_real_bias_has_no_place_for_what_a_complex_norm_adds(rng):
+    with jax.numpy_dtype_promotion("standard"):
+        modules = {"layer": nnx.Linear(3, 3, rngs=rngs()), "n": complex_norm(rng, 3, jnp.complex64)}
+        kept(chain("layer", "n"), "complex", "bias", "is real", x=jnp.ones((2, 3), jnp.complex64), **modules)
+
+
+def test_a_real_kernel_has_no_place_for_a_complex_scale():
+    """As Flax's norms may have."""
+    with jax.numpy_dtype_promotion("standard"):
+        modules = {"layer": nnx.Linear(3, 3, rngs=rngs()), "n": nnx.BatchNorm(3, param_dtype=jnp.complex64, rngs=rngs())}
+        kept(chain("layer", "n"), "its scale is complex", "is real", x=jnp.ones((2, 3), jnp.complex64), **modules)

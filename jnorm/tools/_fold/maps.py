@@ -44,6 +44,17 @@ def folding_dtype(*arrays: Any) -> Any:
         return jnp.result_type(*(jnp.asarray(a).dtype for a in arrays if a is not None), jnp.float32)
 
 
+def with_complex(dtype: Any, computed: Any) -> Any:
+    """The dtype, complex where what is computed is."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(dtype, jnp.complex64) if jnp.issubdtype(computed, jnp.complexfloating) else dtype
+
+
+def narrowed(a: jax.Array, dtype: Any) -> jax.Array:
+    """In this dtype. Where that is real, and computed together with complex numbers, there is no imaginary part."""
+    return (a if jnp.issubdtype(dtype, jnp.complexfloating) else a.real).astype(dtype)
+
+
 def along(v: jax.Array, ndim: int, axes: Sequence[int]) -> jax.Array:
     """v, whose axes are these of an array of `ndim` axes in any order, as one that broadcasts against it."""
     order = sorted(range(len(axes)), key=lambda i: axes[i])

@@ -10,10 +10,10 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from .._layers import freshly_traced
 from .calls import Calls, state_of
-from .graph import Graph, graph_of
-from .maps import along, evaluation_map, folding_dtype, into_next, into_previous, plus
+from .graph import Graph, Value, graph_of
+from .maps import along, evaluation_map, folding_dtype, into_next, into_previous, narrowed, plus, with_complex
 from .report import Folding, Report
-from .steps import KeptError
+from .steps import KeptError, leaf_text
 from .walks import Layer, layer_after, layer_before
 
 Key = tuple[Any, ...]
@@ -92,7 +92,7 @@ def plan(graph: Graph, calls: Calls, chosen: Iterable[str], new_bias: NewBias) -
 def _pair(graph: Graph, calls: Calls, path: str, new_bias: NewBias) -> Pair:
     call = calls.check(graph, path)
     try:
-        layer = layer_before(graph.marks(path, "in")[0], call.features)
+        return _before(graph, path, call.features, new_bias)
     except KeptError as before:
         if not call.alone:
             raise
@@ -100,6 +100,11 @@ def _pair(graph: Graph, calls: Calls, path: str, new_bias: NewBias) -> Pair:
             return _after(graph, path, call.features, new_bias)
         except KeptError as after:
             raise KeptError(f"{before}, and {after}") from None
+
+
+def _before(graph: Graph, path: str, features: tuple[int, ...], new_bias: NewBias) -> Pair:
+    layer = layer_before(graph.marks(path, "in")[0], features)
+    _check_dtypes(graph, path, layer, "previous")
     made = new_bias(layer, "previous") if layer.bias is None and layer.ends else None
     return Pair(path, "previous", made or layer, made is not None)
 
@@ -109,10 +114,27 @@ def _after(graph: Graph, path: str, features: tuple[int, ...], new_bias: NewBias
     if not ends:
         raise KeptError("its output is not used")
     layer = layer_after(graph, ends[0], features)
+    _check_dtypes(graph, path, layer, "next")
     made = new_bias(layer, "next") if layer.bias is None else None
     if layer.bias is None and made is None:
         raise KeptError("the layer after it has no bias, and is of no class that can get one")
     return Pair(path, "next", made or layer, made is not None)
+
+
+def _check_dtypes(graph: Graph, path: str, layer: Layer, direction: str) -> None:
+    """That nothing complex is to go into what is real. A norm's mean may be complex where its input is."""
+    start, own = graph.marks(path, "in")[0], {leaf_text(key): v for key, v in graph.leaves.items()}
+    scale, bias = (own.get(f"{path}/{name}".lstrip("/")) for name in ("scale", "bias"))
+    kernel = graph.leaves[layer.kernel]
+    if _is_complex(scale) and not _is_complex(kernel):
+        raise KeptError("its scale is complex, but the kernel of the layer beside it is real")
+    shifts = [start.inputs[0], scale, bias, *([kernel] if direction == "next" else [])]
+    if layer.bias is not None and any(map(_is_complex, shifts)) and not _is_complex(graph.leaves[layer.bias]):
+        raise KeptError("what it adds is complex, but the bias of the layer beside it is real")
+
+
+def _is_complex(value: Value | None) -> bool:
+    return value is not None and jnp.issubdtype(value.dtype, jnp.complexfloating)
 
 
 def with_bias(layer: Layer, key: Key, kept: tuple[int, ...], direction: str) -> Layer:
@@ -158,7 +180,7 @@ def _folded(used: Any, pairs: list[Pair], calls: Calls, variables: Any) -> Any:
         kernel, mapped = kernel.astype(dtype), evaluation_map(state, state.get("scale"), state.get("bias"), _epsilon(norm), dtype)
         if bias is None and pair.new_bias:
             bias = jnp.zeros([kernel.shape[a] for a in layer.kept], dtype)
-            dtypes[layer.bias] = dtypes[layer.kernel]
+            dtypes[layer.bias] = with_complex(dtypes[layer.kernel], dtype)
         bias: Any = bias if bias is None else bias.astype(dtype)
         if pair.direction == "previous":
             wide[layer.kernel], new = into_previous(kernel, bias, mapped, layer.axes, layer.bias_axes)
@@ -171,7 +193,7 @@ def _folded(used: Any, pairs: list[Pair], calls: Calls, variables: Any) -> Any:
             shifts[pair.norm] = view.reshape(view.shape[call.features[0] :])  # leading axes may be others in another call
         else:
             wide[layer.bias] = new
-    return {key: a.astype(dtypes[key]) for key, a in wide.items()}, shifts
+    return {key: narrowed(a, dtypes[key]) for key, a in wide.items()}, shifts
 
 
 def _epsilon(norm: Any) -> Any:
