@@ -1,5 +1,6 @@
 """What norms have to do with a bad evaluation: the numbers by their formulas, ailments that are found, and health that is left alone."""
 
+import dataclasses
 import json
 import sys
 
@@ -386,13 +387,43 @@ def test_large_means_of_norms_that_do_not_collect(mean, rng):
     np.testing.assert_allclose(layer.var_ratio_max, 1, rtol=1e-3)
 
 
+TRAINED_OTHERWISE = {
+    "GhostBatchNorm": {"group_size": 8},
+    "TrackedInstanceNorm": {},
+    "BatchRenorm": {},
+    "CrossMiniBatchNorm": {"num_mini_batches": 2},
+}
+
+
+@pytest.mark.parametrize("name", TRAINED_OTHERWISE)
+def test_own_is_as_in_training(name, rng):
+    """Whatever the norm normalizes with there, and whatever mode it is given in; the loss of a copy in training mode is what it is."""
+    model = getattr(jnx, name)(CHANNELS, rngs=nnx.Rngs(0), **TRAINED_OTHERWISE[name])
+    model.mean.set_value(model.mean[...] + 0.5)
+    batches = [(b * (1 + np.arange(2)[:, None])).astype(np.float32) for b in (b.reshape(-1, 2, CHANNELS) for b in normal(rng, 2))]
+    loss = lambda m, x: jnp.mean(jnp.abs(m(x)))  # noqa: E731
+    want = [float(loss(nnx.clone(model), x)) for x in batches]
+    model.eval()
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+    report = tools.inspect_norms(lambda m, x: m(x), model, batches, loss=loss)
+    np.testing.assert_allclose(report.losses.own, want, rtol=1e-5)  # sums of 256 values, compiled another way
+    assert report.losses.as_in_training and "with the norms in training mode" in report.verdict and model.use_running_average
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), before)
+    # A loss that sets the mode itself is that of evaluation, whatever; what training has is not told then.
+    fixed = lambda m, x: jnp.mean(m(x, use_running_average=True)) + 1  # noqa: E731
+    model.train()
+    cured = tools.recalibrate(lambda m, x: m(x), model, batches)
+    unknown = tools.inspect_norms(lambda m, x: m(x), cured, batches, loss=fixed)
+    assert not unknown.losses.as_in_training and f"not told by that: {name} normalize" in unknown.verdict
+
+
 def test_the_verdict_of_losses(rng):
     batches = normal(rng, 4, mean=2.0)
     loss = lambda s, x: jnp.mean(jnorm.batch_norm(x, s, use_running_average=True)[0] ** 2)  # noqa: E731
     stale = tools.inspect_norms(step, jnorm.batch_norm_state(CHANNELS), batches, loss=loss)
     assert "is due to the norms; recalibrate closes" in stale.verdict and "they make the loss 3.75 more" in only(stale).verdict
     healthy = tools.inspect_norms(step, tools.recalibrate(step, jnorm.batch_norm_state(CHANNELS), batches), batches, loss=loss)
-    assert "The norms make no gap" in healthy.verdict and kinds(healthy) == [[]]
+    assert "The norms make no gap" in healthy.verdict and "if they are batch norms" in healthy.verdict and kinds(healthy) == [[]]
     blind = tools.inspect_norms(step, jnorm.batch_norm_state(CHANNELS), batches, loss=lambda s, x: jnp.mean(x**2))
     assert "does not depend on the statistics" in blind.verdict
     # What remains after recalibration is due to the batches themselves: each of one sign.
@@ -617,6 +648,13 @@ def test_figure(report, tmp_path):
     figure = report.plot(tmp_path / "new" / "report.png")
     assert (tmp_path / "new" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert len(figure.axes) == 4 and [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["norm_0", "norm_1"]
+
+
+@pytest.mark.parametrize("worst, ticks", [(1.6, ["1/2", "1", "2"]), (90.0, ["1/100", "1", "100"])])
+def test_ticks_of_ratios(report, worst, ticks):
+    layers = tuple(dataclasses.replace(layer, var_ratio_max=worst) for layer in report.layers)
+    axis = dataclasses.replace(report, layers=layers).plot().axes[1]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ticks
 
 
 @pytest.mark.parametrize("package, use", [("rich.console", str), ("matplotlib.figure", Report.plot)])

@@ -39,7 +39,9 @@ def inspect_norms(
     :func:`jnorm.tools.recalibrate` would take them. Both variances have the norm's epsilon in them.
 
     With a loss, three kinds of statistics take each other's place in evaluation: the running ones, those of all batches, and each batch's
-    own, which is what training does. And those of one layer alone: to have them of the batches, where all others are the running ones;
+    own. Those are what batch norm trains with; of NNX models the third loss is with the norms in training mode, so that it is what training
+    does, whatever they normalize with there. Of a state that is not known: ghost, cross mini-batch and cross-iteration batch norm, batch
+    renorm and tracked instance norm train with something else than the mean and variance of the batch. And those of one layer alone: to have them of the batches, where all others are the running ones;
     and to have the running ones, where all others are of the batches.
 
     Args:

@@ -103,12 +103,16 @@ class Losses:
     Args:
       running: as the model is.
       pooled: those of all batches together: as after :func:`jnorm.tools.recalibrate`.
-      own: those of the batch itself: as in training, without dropout.
+      own: those of the batch itself.
+      as_in_training: whether `own` is with the norms in training mode, without dropout, whatever they normalize with there: of NNX models.
+        Else it is in evaluation mode, with the mean and variance of the batch, which is what batch norm has in training, and others have
+        not: ghost, cross mini-batch and cross-iteration batch norm, batch renorm, tracked instance norm.
     """
 
     running: tuple[float, ...]
     pooled: tuple[float, ...]
     own: tuple[float, ...]
+    as_in_training: bool = False
 
     @property
     def means(self) -> tuple[float, float, float]:

@@ -36,11 +36,29 @@ def measure_losses(
         return evaluate([values] * len(batches))
 
     own = [{path: {k: a[i] for k, a in found[path].each.items()} for path in moving} for i in range(len(batches))]
-    running, together, training = always({}), always(pooled), evaluate(own)
-    losses = Losses(tuple(running.tolist()), tuple(together.tolist()), tuple(training.tolist()))
+    running, together, training = always({}), always(pooled), _in_training(subject, moving, batches)
+    exact = training is not None
+    if exact:
+        done(len(batches))
+    else:
+        training = evaluate(own)
+    losses = Losses(tuple(running.tolist()), tuple(together.tolist()), tuple(training.tolist()), exact)
     alone = {path: float(np.mean(always({path: pooled[path]}) - running)) for path in moving}
     without = {path: float(np.mean(always({p: v for p, v in pooled.items() if p != path}) - together)) for path in moving}
     return losses, alone, without
+
+
+def _in_training(subject: Subject, paths: list[str], batches: list[Any]) -> np.ndarray | None:
+    """The losses with these norms in training mode. None where that is not known, or where a loss sets their mode itself: nothing moves."""
+    if subject.training_loss is None or not paths:
+        return None
+    run, results, moved = subject.training_loss(paths), [], False
+    before = jax.device_get(subject.state)
+    for batch in batches:
+        result, after = jax.device_get(run(subject.state, batch))
+        results.append(float(result))
+        moved = moved or any(not np.array_equal(after[path][key], a) for path in paths for key, a in before[path].items())
+    return np.array(results) if moved else None
 
 
 def check_loss(subject: Subject, batch: Any) -> None:

@@ -24,6 +24,8 @@ class Subject(NamedTuple):
     kinds: dict[str, str]
     epsilons: dict[str, float]
     momentums: dict[str, float | None]
+    # The loss with the norms at some paths in training mode, and the state after it: where the modules are known.
+    training_loss: Callable[[list[str]], Callable[[Any, Any], Any]] | None = None
 
     def memory(self, path: str) -> tuple[float | None, float]:
         """How many batches the running average remembers, if that is known; and its variance, in those of a single batch."""
@@ -95,18 +97,27 @@ def of_module(step: Any, model: nnx.Module, loss: Any, params: Any, epsilon: flo
     for norm in nnx_norms(training, NORMS_NNX).values():
         if isinstance(norm, classes):
             norm.use_running_average = False
+
+    def training_loss(paths: list[str]) -> Callable[[Any, Any], Any]:
+        some = nnx.clone(evaluating)
+        for path, norm in nnx_norms(some, NORMS_NNX).items():
+            if path in paths:
+                norm.use_running_average = False
+        return _on_copy(loss, some)
+
     state = {path: entries_of(norm) for path, norm in with_state.items()}
     scales = {path: np.asarray(norm.scale[...]) for path, norm in norms.items() if getattr(norm, "scale", None) is not None}
     return Subject(
         state,
-        _on_copy(step, training, returns_state=True),
-        None if loss is None else _on_copy(loss, evaluating, returns_state=False),
+        _on_copy(step, training, returns=1),
+        None if loss is None else _on_copy(loss, evaluating, returns=0),
         list(norms),
         state,
         scales,
         {path: type(norm).__name__ for path, norm in norms.items()},
         {path: 0.0 if "std" in state[path] else float(getattr(norm, "epsilon", 0.0)) for path, norm in with_state.items()},
         {path: momentum if norm.momentum is None else float(norm.momentum) for path, norm in with_state.items()},
+        None if loss is None else training_loss,
     )
 
 
@@ -114,8 +125,8 @@ def entries_of(norm: Any) -> dict[str, Any]:
     return {key: v[...] for key, v in vars(norm).items() if isinstance(v, nnx.BatchStat)}
 
 
-def _on_copy(function: Any, model: nnx.Module, returns_state: bool) -> Callable[[Any, Any], Any]:
-    """As a function of a tree of states and a batch. The other arrays are arguments: as constants they would be compiled in."""
+def _on_copy(function: Any, model: nnx.Module, returns: int | None = None) -> Callable[[Any, Any], Any]:
+    """As a function of a tree of states and a batch, to the result and the state after it, or to one of them. The other arrays are arguments: as constants they would be compiled in."""
     definition, arrays = nnx.split(model)
 
     @jax.jit
@@ -129,7 +140,8 @@ def _on_copy(function: Any, model: nnx.Module, returns_state: bool) -> Callable[
                 else:
                     getattr(norms[path], key).set_value(entry)
         result = function(copy, batch)
-        return {path: entries_of(norms[path]) for path in state} if returns_state else result
+        both = result, {path: entries_of(norms[path]) for path in state}
+        return both if returns is None else both[returns]
 
     return lambda state, batch: run(arrays, state, batch)
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .._layers import RUNNING
 from ._measure import CHANNEL, DEAD, EXPLODING, SURE, Signs
 from ._report import Finding, LayerReport, Losses
 
@@ -12,6 +13,9 @@ NOISY = 0.25  # the standard error of a mean of 16 independent values, in standa
 CAUSE = 0.9  # what explains so much of a difference is its cause
 INITIAL, ON_THE_WAY = 0.02, 2 / 3  # how much of the initial values; and of both distances that explains, while weights move
 PART = 0.05  # of the loss
+
+# In training they normalize with something else than the mean and variance of the batch.
+OTHERWISE = set(RUNNING) - {"BatchNorm", "MeanOnlyBatchNorm"}
 
 RECALIBRATE = "recalibrate (jnorm.tools.recalibrate)"
 
@@ -187,16 +191,14 @@ def _counted(wrong: list[LayerReport], layers: list[LayerReport], finite: bool =
 
 def _of_losses(losses: Losses, layers: list[LayerReport]) -> str:
     running, pooled, own = losses.means
-    text = f"In evaluation the loss of these batches is {running:.4g}; {own:.4g} with each batch's own statistics, as in training; "
+    text = f"In evaluation the loss of these batches is {running:.4g}; {own:.4g} {_own(losses)}; "
     text += f"{pooled:.4g} with those of all of them, as after recalibrate. "
     if running == pooled == own and any(layer.kl for layer in layers):
         return text + "It does not depend on the statistics at all: has the loss to use the state that it is given, in evaluation mode? "
     if not np.isfinite(losses.means).all():
         return text + ("Evaluation gives no finite loss. " if not np.isfinite(running) else "Not each of these losses is finite. ")
     if not significant(losses.running, losses.own):
-        return (
-            text + "The norms make no gap between training and evaluation on these batches: look at overfitting, dropout and other data. "
-        )
+        return text + _no_gap(losses, layers)
     gap, left = running - own, pooled - own
     text += f"The gap of {gap:.3g} is due to the norms; recalibrate closes {min(max(1 - left / gap, 0), 1):.0%} of it. "
     if significant(losses.pooled, losses.own):
@@ -205,6 +207,20 @@ def _of_losses(losses: Losses, layers: list[LayerReport]) -> str:
         )
     worst = max(layers, key=lambda layer: layer.loss_without or 0)
     return text + (f"Most is due to {worst.path!r}. " if len(layers) > 1 and _costs(worst, losses) else "")
+
+
+def _own(losses: Losses) -> str:
+    return "with the norms in training mode" if losses.as_in_training else "with each batch's own statistics"
+
+
+def _no_gap(losses: Losses, layers: list[LayerReport]) -> str:
+    others = sorted({layer.kind for layer in layers if layer.kind in OTHERWISE})
+    if others and not losses.as_in_training:
+        return f"What gap the norms make is not told by that: {', '.join(others)} normalize with something else in training. "
+    text = "The norms make no gap between training and evaluation on these batches"
+    if not losses.as_in_training and any(layer.kind is None for layer in layers):
+        text += ", if they are batch norms, which train with each batch's own statistics"
+    return text + ": look at overfitting, dropout and other data. "
 
 
 def significant(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
