@@ -65,7 +65,7 @@ def _ratios(axes: Any, layers: list[LayerReport]) -> None:
     limit = max(2.0, 1.2 * max(worst))
     axes.set_xscale("log")
     axes.set_xlim(1 / limit, limit)
-    marks = [m for m in (2.0, 4.0, 10.0, 100.0, 1e4) if m < limit and (limit < 20 or m >= 10)]
+    marks = [m for m in (2.0, 4.0, 10.0) if m <= limit] if limit < 20 else [10.0 ** int(np.log10(limit))]
     ticks = [*(1 / m for m in marks[::-1]), 1.0, *marks]
     axes.set_xticks(ticks, [f"{t:g}" if t >= 1 else f"1/{1 / t:g}" for t in ticks])
     axes.minorticks_off()
@@ -89,11 +89,11 @@ def _divergences(axes: Any, layers: list[LayerReport]) -> None:
 def _losses(axes: Any, layers: list[LayerReport]) -> None:
     alone, without = ([getattr(layer, key) or 0.0 for layer in layers] for key in ("loss_alone", "loss_without"))
     rows = np.arange(len(layers))
-    axes.barh(rows - 0.18, alone, height=0.34, color=GOOD, label="batch statistics here alone")
-    axes.barh(rows + 0.18, without, height=0.34, color=SECOND, label="running ones here alone")
+    axes.barh(rows - 0.18, alone, height=0.34, color=GOOD, label="alone")
+    axes.barh(rows + 0.18, without, height=0.34, color=SECOND, label="without")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_title("change of the loss")
-    axes.set_xlabel("blue: batch statistics here alone\ngray: running ones here alone")
+    axes.set_xlabel("blue (alone): batch statistics here only\ngray (without): all but here")
 
 
 def _spans(axes: Any, layers: list[LayerReport], middle: list[float | None], largest: list[float | None]) -> None:
@@ -116,4 +116,4 @@ def _title(report: Report) -> str:
     if report.losses is None:
         return title
     running, pooled, own = report.losses.means
-    return f"{title}: the loss is {running:.3g} in evaluation, {pooled:.3g} when recalibrated, {own:.3g} as in training"
+    return f"{title}: the loss is {running:.3g} in evaluation, {pooled:.3g} when recalibrated, {own:.3g} with each batch's own"
