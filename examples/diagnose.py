@@ -120,7 +120,7 @@ def diagnose(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     model.train()
     cured = jnorm.tools.recalibrate(nnx.jit(lambda model, batch: model(batch[0])), model, batches)
     after = accuracies(cured, batches, test_set)
-    console.print(accuracy_table(before, after))
+    console.print(accuracy_table(before, after, "training" if source is train_set else "test"))
     console.print(f"plot: {args.plot}", highlight=False)
     return {"before": before, "after": after, "report": report}
 
@@ -175,11 +175,12 @@ def accuracy(model: Network, batches: list[Batch]) -> float:
     return sum(int(correct(model, batch)) for batch in batches) / sum(len(labels) for _, labels in batches)
 
 
-def accuracy_table(before: dict[str, float], after: dict[str, float]) -> Table:
+def accuracy_table(before: dict[str, float], after: dict[str, float], images: str) -> Table:
     table = Table("accuracy", title_justify="left")
     for heading in ("before", "recalibrated"):
         table.add_column(heading, justify="right")
-    for key, name in (("training", "the batches, as in training"), ("evaluation", "the same in evaluation"), ("test", "test images")):
+    rows = {"training": f"{images} images, training mode", "evaluation": f"{images} images, evaluation", "test": "all test images"}
+    for key, name in rows.items():
         table.add_row(name, f"{before[key]:.1%}", f"{after[key]:.1%}")
     return table
 
