@@ -2,6 +2,7 @@
 
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +10,11 @@ import optax
 import pytest
 from flax import nnx
 
+import jnorm.linen as jnn
 import jnorm.nnx as jnx
 import models
 from jnorm import tools
+from jnorm.tools._layers import NORMS_NNX
 from refusals import refuses
 
 
@@ -330,3 +333,57 @@ def test_refusals():
         tools.norm_like(jnx.AddRMSNorm(4, rngs=rngs), jnx.GroupNorm)
     with refuses("one channel axis", "(1, 2)"):
         tools.norm_like(jnx.BatchNorm(4, axis=(1, 2), rngs=rngs), jnx.GroupNorm)
+
+
+CLASSES = {norm for norm in NORMS_NNX if not norm.__name__.startswith(("Add", "CrossIter", "Divisive"))}
+ASKED = {"GroupNorm": {"num_groups": 2}, "GhostBatchNorm": {"group_size": 2}, "CrossMiniBatchNorm": {"num_mini_batches": 2}}
+
+
+def variables_of(norm):
+    return {name: v.shape for name, v in vars(norm).items() if isinstance(v, nnx.Variable)}
+
+
+def native(norm):
+    return norm(4, **ASKED.get(norm.__name__, {}), rngs=nnx.Rngs(0))
+
+
+def test_variables_are_those_of_the_class():
+    """Between all classes: what the new one does not have would be trained, saved and refused by its checkpoints."""
+    made = {norm: native(norm) for norm in CLASSES}
+    for old in CLASSES:
+        for new in CLASSES:
+            got = tools.norm_like(made[old], new, **ASKED.get(new.__name__, {}))
+            assert variables_of(got) == variables_of(made[new]), (old, new)
+    only = tools.norm_like(made[jnx.BatchNorm], jnx.MeanOnlyBatchNorm)
+    assert only(jnp.ones((2, 4))).shape == (2, 4)
+    frozen = tools.freeze(nnx.List([jnx.BatchNorm(4, track_count=True, rngs=nnx.Rngs(0))]))[0]
+    kept = tools.norm_like(frozen, jnx.BatchRenorm)
+    assert {"frozen_statistics", "frozen_updates", "count", "std"} <= set(variables_of(kept))
+    assert set(variables_of(tools.norm_like(frozen, nnx.BatchNorm))) == {"scale", "bias", "mean", "var"}
+
+
+class Synced(jnx.BatchNorm):
+    """As one derives from a norm."""
+
+
+def test_derived_classes_are_those_that_they_derive_from(rng):
+    old = model_of(rng, lambda: Synced(4, axis=1, epsilon=1e-2, rngs=nnx.Rngs(0)))
+    for like in (jnx.BatchNorm, Synced):
+        new = tools.norm_like(old, like)
+        assert (new.axis, new.epsilon, new.mean is old.mean, new.var is old.var) == (1, 1e-2, True, True)
+    ghost = tools.norm_like(old, jnx.GhostBatchNorm, group_size=2)
+    assert (ghost.feature_axes, ghost.mean is old.mean) == (1, True)
+
+
+def test_linen_and_unused_options_are_refused():
+    model = nnx.List([jnx.BatchNorm(4, rngs=nnx.Rngs(0))])
+    with refuses("model must be an NNX module, got BatchNorm, which is Linen's", kind=TypeError):
+        tools.replace_norms(nn.BatchNorm(), "jnorm")
+    with refuses("one of NNX, got LayerNorm, which is Linen's", kind=TypeError):
+        tools.replace_norms(model, jnn.LayerNorm)
+    with refuses("['epsilon'] are not used"):
+        tools.replace_norms(model, "jnorm", epsilon=3.0)
+    with refuses("LayerNorm is called otherwise than AddLayerNorm"):
+        tools.norm_like(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), jnx.AddLayerNorm)
+    with refuses("a norm of jnorm.nnx or flax.nnx, got Linear", kind=TypeError):
+        tools.norm_like(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnx.LayerNorm)

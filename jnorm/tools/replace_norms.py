@@ -4,14 +4,14 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-import jax
+import flax.linen as nn
 import jax.numpy as jnp
 from flax import nnx
 
 from .. import nnx as jnx
 from .._modules import errors_in
 from .._pipeline import marks
-from ._layers import Layers, chosen, nnx_norms
+from ._layers import NORMS_NNX, RUNNING_NNX, Layers, chosen, nnx_norms, put_modules
 
 Model = TypeVar("Model", bound=nnx.Module)
 Rule = str | type[nnx.Module] | Callable[[str, Any], Any]
@@ -84,6 +84,8 @@ def replace_norms(model: Model, rule: Rule, *, layers: Layers | None = None, rng
       >>> grouped(jnp.ones((1, 4, 4, 3))).shape
       (1, 4, 4, 8)
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be an NNX module, got {_told(type(model))}.")
     replacement = _as_function(rule, nnx.Rngs(0) if rngs is None else rngs, options)
     copy = nnx.clone(model)
     norms = nnx_norms(copy)
@@ -95,9 +97,11 @@ def replace_norms(model: Model, rule: Rule, *, layers: Layers | None = None, rng
                 raise TypeError(f"the rule must return a module, or None to keep the norm; it returned {type(new).__name__}.")
         if new is not None and new is not norms[path]:
             replaced[id(norms[path])] = new
+    if options and not replaced:
+        raise ValueError(f"the options {sorted(options)} are not used: none of the norms is of Flax's class, and jnorm's own stay.")
     if id(copy) in replaced:
         return replaced[id(copy)]
-    _put(copy, replaced, set())
+    put_modules(copy, replaced)
     return copy
 
 
@@ -106,7 +110,8 @@ def norm_like(norm: nnx.Module, like: Callable[..., Any], *, rngs: nnx.Rngs | No
 
     Carried over are the number of features, their axes, which of scale and bias there are, dtypes, how the module runs (train or eval);
     the epsilon among norms that add it to a variance, and among those that add it to a mean square; axis names among norms over a batch,
-    and among those of a sample; momentum and all else of running statistics. Scale and bias keep their values and metadata. Running
+    and among those of a sample; momentum and all else of running statistics. Scale and bias keep their values and metadata. Variables that
+    an instance of the class does not have, such as the bias in place of which there is an RMSNorm, are dropped. Running
     statistics are kept among BatchNorm, BatchRenorm (whose are standard deviations, with epsilon), GhostBatchNorm, CrossMiniBatchNorm,
     EvalNorm and MeanOnlyBatchNorm, and where the class has the same name. In place of another norm, LayerNorm and RMSNorm reduce the
     feature axes.
@@ -121,8 +126,9 @@ def norm_like(norm: nnx.Module, like: Callable[..., Any], *, rngs: nnx.Rngs | No
       The instance.
 
     Raises:
-      ValueError: a norm of several inputs, or one that has an activation where the class takes none; a class that takes no
-        `num_features`; what the constructor refuses.
+      TypeError: what is no norm, or Linen's.
+      ValueError: a norm of several inputs in place of one of one, or the reverse; one that has an activation where the class takes none;
+        a class that takes no `num_features`; what the constructor refuses.
 
     Example:
       >>> from flax import nnx
@@ -132,13 +138,15 @@ def norm_like(norm: nnx.Module, like: Callable[..., Any], *, rngs: nnx.Rngs | No
       >>> new.epsilon, new.num_groups, new.bias, new.scale is norm.scale
       (0.001, 2, None, True)
     """
+    if isinstance(like, type) and issubclass(like, nn.Module):
+        raise TypeError(f"the norm must become one of NNX, got {_told(like)}.")
     taken = inspect.signature(like.__init__ if isinstance(like, type) else like).parameters  # the metaclass takes anything
-    given = _options(norm, like.__name__, taken) | options
+    features, given = _features(norm), _options(norm, like, taken) | options
     if "group_size" in options and "num_groups" in taken:  # one of the two
         given["num_groups"] = None
     if "rngs" in taken:
         given["rngs"] = nnx.Rngs(0) if rngs is None else rngs
-    new = like(_features(norm), **given)
+    new = like(features, **given)
     _take_variables(new, norm, given)
     return new
 
@@ -157,19 +165,32 @@ def _as_function(rule: Any, rngs: nnx.Rngs, options: Mapping[str, Any]) -> Calla
     return rule
 
 
+def _told(cls: type) -> str:
+    return f"{cls.__name__}, which is Linen's: those are replaced in the model's code" if issubclass(cls, nn.Module) else cls.__name__
+
+
+def _kind(cls: Any) -> str:
+    """The class of jnorm or Flax that this is, or derives from."""
+    of_norms = (base for base in getattr(cls, "__mro__", ()) if base in NORMS_NNX)
+    return next(of_norms, cls).__name__
+
+
 def _features(norm: Any) -> int:
-    # Flax's GroupNorm does not keep the number.
-    return norm.num_features if hasattr(norm, "num_features") else norm.num_groups * norm.group_size
+    if hasattr(norm, "num_features") and not isinstance(norm, nn.Module):
+        return norm.num_features
+    if isinstance(norm, nnx.GroupNorm):  # which does not keep the number
+        return norm.num_groups * norm.group_size
+    raise TypeError(f"norm must be a norm of jnorm.nnx or flax.nnx, got {_told(type(norm))}.")
 
 
 def _feature_axes(norm: Any) -> Any:
-    return norm.axis if type(norm).__name__ == "BatchNorm" else getattr(norm, "feature_axes", -1)
+    return norm.axis if _kind(type(norm)) == "BatchNorm" else getattr(norm, "feature_axes", -1)
 
 
-def _options(norm: Any, new: str, taken: Mapping[str, Any]) -> dict[str, Any]:
-    """What the constructor of the class `new` takes of that which the norm was made with."""
-    old = type(norm).__name__
-    if old != new and old in _OTHER_CALLS:
+def _options(norm: Any, like: Any, taken: Mapping[str, Any]) -> dict[str, Any]:
+    """What the constructor of the class `like` takes of that which the norm was made with."""
+    old, new = _kind(type(norm)), _kind(like)
+    if old != new and (old in _OTHER_CALLS or new in _OTHER_CALLS):
         raise ValueError(f"{old} is called otherwise than {new}, which cannot take its place; keep it with `layers`, or write a rule.")
     if "num_features" not in taken:
         raise ValueError(f"{new} does not take num_features, and cannot be made from a norm; write a rule that makes it.")
@@ -200,17 +221,18 @@ def _refuse_axes(axes: Any) -> Any:
 def _take_variables(new: Any, old: Any, given: Mapping[str, Any]) -> None:
     """The old norm's variables in place of those of the new one that mean the same."""
     names = {name for name, v in vars(old).items() if isinstance(v, nnx.Variable)}
-    if type(new).__name__ != type(old).__name__:
-        names &= {"scale", "bias", *(_state_names(new, old))}
+    was, alike = _kind(type(old)), {_kind(type(old)), _kind(type(new))} <= set(_BATCH)
+    if _kind(type(new)) != was:
+        names &= {"scale", "bias", *(("mean", "var", "count", *marks.KEYS) if alike else ())}
     features, taken = _features(old), set()
-    if _keeps(new, "std") and {"mean", "var"} <= set(vars(old)) and type(old).__name__ in _BATCH:
+    if _keeps(new, "std") and {"mean", "var"} <= set(vars(old)) and was in _BATCH:
         new.std = old.var.replace(jnp.sqrt(old.var[...] + new.epsilon))
         taken.add("std")
-    if _keeps(new, "var") and {"mean", "std"} <= set(vars(old)) and type(old).__name__ in _BATCH:
+    if _keeps(new, "var") and {"mean", "std"} <= set(vars(old)) and was in _BATCH:
         new.var = old.std.replace(jnp.maximum(old.std[...] ** 2 - old.epsilon, 0))
         taken.add("var")
     for name in sorted(names):
-        if hasattr(new, name) and not _keeps(new, name):  # not wanted
+        if not _keeps(new, name) and not (name in marks.ADDED and isinstance(new, RUNNING_NNX)):
             continue
         variable = getattr(old, name)
         cast = name in ("scale", "bias") and "param_dtype" in given and variable.dtype != given["param_dtype"]
@@ -224,11 +246,6 @@ def _take_variables(new: Any, old: Any, given: Mapping[str, Any]) -> None:
             setattr(new, name, v.replace(jnp.broadcast_to(v[...], (*max(stacked), *v.shape))))
 
 
-def _state_names(new: Any, old: Any) -> tuple[str, ...]:
-    alike = {type(new).__name__, type(old).__name__} <= set(_BATCH)
-    return ("mean", "var", "count", *marks.KEYS) if alike else ()
-
-
 def _keeps(new: Any, name: str) -> bool:
     return isinstance(getattr(new, name, None), nnx.Variable)
 
@@ -237,24 +254,3 @@ def _start_count(new: Any, taken: set[str]) -> None:
     """Where a count is new beside statistics that are not, it is that of many batches: with 0 the next batch alone would count."""
     if "mean" in taken and "count" not in taken and _keeps(new, "count") and new.momentum is not None and new.momentum < 1:
         new.count = new.count.replace(jnp.full_like(new.count[...], 1 / (1 - new.momentum)))
-
-
-def _put(node: Any, replaced: Mapping[int, Any], seen: set[int]) -> None:
-    """Sets what replaces its children; containers that are no modules are made anew."""
-    if id(node) in seen:
-        return
-    seen.add(id(node))
-    for name, child in list(vars(node).items()):
-        if name.startswith("_pytree__"):
-            continue
-        inner = jax.tree.leaves(child, is_leaf=_is_node)
-        if any(id(one) in replaced for one in inner):
-            new = jax.tree.map(lambda one: replaced.get(id(one), one), child, is_leaf=_is_node)
-            setattr(node, name, new if _is_node(child) else nnx.data(new))
-        for one in inner:
-            if _is_node(one) and id(one) not in replaced:
-                _put(one, replaced, seen)
-
-
-def _is_node(node: Any) -> bool:
-    return isinstance(node, nnx.Pytree)
