@@ -59,3 +59,60 @@ def test_norm_of_several_axes(eqx, rng):
     np.testing.assert_array_equal(got["n"].bias[...], want.ravel())
     with refuses("flattened has 'n' (Embed)"):
         convert.load(nnx.Dict({"n": nnx.Embed(2, 3, rngs=rngs())}), weights, flattened={"n": (3, 1)})
+
+
+def test_names_that_meet():
+    one, two = {"w": np.zeros((2, 2))}, {"w": np.ones((2, 2))}
+    with refuses("two layers of the source", "'net.linear.kernel'"):
+        convert.weights_of_haiku({"net/~/linear": one, "net/linear": two})
+    both = convert.weights_of_haiku({"net/~enc/linear": one, "net/~/linear": two})
+    assert set(both.values) == {
+        "net.enc.linear.kernel",
+        "net.linear.kernel",
+    }
+
+
+def test_weights_beside_inner_layers():
+    keras = pytest.importorskip("keras", reason="Keras is an optional test dependency")
+
+    class Mine(keras.layers.Layer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.dense, self.again = (keras.layers.Dense(2, name="dense"),) * 2
+            self.drop = keras.layers.Dropout(0.1)
+
+        def build(self, shape):
+            self.dense.build(shape)
+            self.token = self.add_weight(name="token", shape=(3,))
+
+    block = Mine(name="block")
+    block.build((1, 4))
+    assert set(convert.weights_of_keras(block).values) == {"dense.kernel", "dense.bias", "token"}
+    outer = keras.Sequential([keras.Input((4,)), block])
+    assert set(convert.weights_of_keras(outer).values) == {"block.dense.kernel", "block.dense.bias", "block.token"}
+
+
+def test_heads_are_compared(eqx):
+    source = {"a": eqx.nn.MultiheadAttention(4, 8, key=jax.random.key(0))}
+    weights = convert.weights_of_equinox(source)
+    model = nnx.Dict({"a": nnx.eval_shape(lambda: nnx.MultiHeadAttention(2, 8, use_bias=False, decode=False, rngs=rngs()))})
+    with refuses("a: 2 heads here, 4 there"):
+        convert.load(model, weights)
+    convert.load(model, weights.without_options())
+
+
+def test_names_of_sequential(eqx):
+    """An NNX model of the same structure needs no names."""
+    source = eqx.nn.Sequential([eqx.nn.Linear(3, 4, key=jax.random.key(0)), eqx.nn.LayerNorm(4)])
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs()), jnx.LayerNorm(4, rngs=rngs()))
+    got = convert.load(model, convert.weights_of_equinox(source))
+    np.testing.assert_array_equal(got.layers[0].kernel[...], source.layers[0].weight.T)
+
+
+def test_transposed_convolutions_are_refused():
+    """Kernels of the same shape that are laid out otherwise, when there are as many channels on both sides."""
+    model = nnx.Dict({"c": nnx.eval_shape(lambda: nnx.ConvTranspose(3, 3, (3, 3), rngs=rngs())), "d": nnx.Linear(2, 2, rngs=rngs())})
+    params = {"c": {"w": np.ones((3, 3, 3, 3)), "b": np.ones(3)}, "d": {"w": np.ones((2, 2)), "b": np.ones(2)}}
+    with refuses("transposed convolutions of other libraries: c", "layers="):
+        convert.load(model, convert.weights_of_haiku(params))
+    assert convert.load(model, convert.weights_of_haiku(params), layers="d")["d"].kernel[0, 0] == 1

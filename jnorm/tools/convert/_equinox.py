@@ -205,7 +205,7 @@ def weights_of_equinox(model: Any, state: Any = None, *, channels_last: bool = T
       >>> from jnorm.tools import convert
       >>> model = eqx.nn.Sequential([eqx.nn.Linear(3, 4, key=jax.random.key(0)), eqx.nn.LayerNorm(4)])
       >>> sorted(convert.weights_of_equinox(model).values)
-      ['layers.0.bias', 'layers.0.kernel', 'layers.1.bias', 'layers.1.scale']
+      ['0.bias', '0.kernel', '1.bias', '1.scale']
     """
     weights = no_weights()
     _walk(weights, model, "", state, channels_last)
@@ -224,6 +224,7 @@ def _walk(weights: Weights, node: Any, name: str, state: Any, channels_last: boo
     elif own and kind in ("WeightNorm", "SpectralNorm") and node.weight_name == "weight":
         _wrapped(weights, node, name, state)
     elif own and kind == "MultiheadAttention":
+        weights.heads[name] = node.num_heads
         for ours, theirs in {"query": "query_proj", "key": "key_proj", "value": "value_proj", "out": "output_proj"}.items():
             note(weights, dotted(name, ours), _plain(getattr(node, theirs)))
     elif own and (kind == "Linear" or (kind.startswith("Conv") and "Transpose" not in kind) or kind == "Embedding"):
@@ -232,9 +233,10 @@ def _walk(weights: Weights, node: Any, name: str, state: Any, channels_last: boo
         items = enumerate(node) if isinstance(node, list | tuple) else node.items() if isinstance(node, dict) else vars(node).items()
         for key, child in items:
             if type(child).__name__ != "StateIndex":
-                _walk(weights, child, dotted(name, str(key)), state, channels_last)
+                inside = own and kind == "Sequential" and key == "layers"  # as paths here leave it out
+                _walk(weights, child, name if inside else dotted(name, str(key)), state, channels_last)
     elif isinstance(node, jax.Array | np.ndarray):
-        weights.values[name] = np.array(node)
+        note(weights, name, {"": np.array(node)})
 
 
 def _plain(layer: Any) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def _name(module: str, modules: set[str]) -> str:
     parent, _, last = module.rpartition("/")
     if last == "linear" and {f"{parent}/{head}" for head in _HEADS} <= modules:
         module = f"{parent}/out"
-    return re.sub("/?~", "", module).replace("/", ".")
+    # "~" stands for a constructor, and "~method" for a method.
+    return ".".join(part.removeprefix("~") for part in module.split("/") if part != "~")
 
 
 def _note_state(weights: Weights, module: str, entries: Any, modules: set[str]) -> None:

@@ -206,13 +206,15 @@ def weights_of_keras(model: Any) -> Weights:
     single = type(model).__name__ in (*_NAMES, "SpectralNormalization", "MultiHeadAttention") or not _inner(model)
     for layer in [model] if single else _inner(model):
         _note_layer(weights, layer, "")
+    if not single:
+        _note_own(weights, model, "")
     if not weights.values:
         raise ValueError(f"{type(model).__name__} has no weights: build it, or call it once.")
     return weights
 
 
 def _inner(layer: Any) -> list[Any]:
-    return list(layer._flatten_layers(include_self=False, recursive=False))
+    return list({id(one): one for one in layer._flatten_layers(include_self=False, recursive=False)}.values())  # each once
 
 
 def _note_layer(weights: Weights, layer: Any, prefix: str) -> None:
@@ -225,6 +227,7 @@ def _note_layer(weights: Weights, layer: Any, prefix: str) -> None:
         note(weights, name, {"kernel_u": u.ravel(), "kernel_sigma": np.ones(1, u.dtype)})
         weights.plain[dotted(name, "kernel")] = weights.values[dotted(name, "kernel")]
     elif kind == "MultiHeadAttention":
+        weights.heads[name] = layer._query_dense.kernel.shape[1]
         for ours, theirs in _ATTENTION.items():
             part = getattr(layer, theirs)
             kernel, bias = array_of(part.kernel), None if part.bias is None else array_of(part.bias).ravel()
@@ -233,8 +236,16 @@ def _note_layer(weights: Weights, layer: Any, prefix: str) -> None:
     elif _inner(layer):
         for inner in _inner(layer):
             _note_layer(weights, inner, name)
+        _note_own(weights, layer, name)
     else:
         _note_plain(weights, layer, name)
+
+
+def _note_own(weights: Weights, layer: Any, name: str) -> None:
+    """What a layer has beside those that are in it; seeds of dropout are left out."""
+    inner = {id(v) for one in _inner(layer) for v in one.variables}
+    own = [v for v in layer.weights if id(v) not in inner]
+    note(weights, name, {v.name: array_of(v) for v in own})
 
 
 def _note_plain(weights: Weights, layer: Any, name: str) -> None:

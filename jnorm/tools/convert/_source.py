@@ -18,6 +18,7 @@ class Weights(NamedTuple):
       plain: kernels as they are used, by the name of one that is normalized, for a model that does not normalize it.
       steps: how many steps a debiased average of that layer made, where the momentum is not known.
       debiased: what such averages are made from.
+      heads: how many an attention has, where the source tells.
     """
 
     values: dict[str, np.ndarray]
@@ -25,19 +26,25 @@ class Weights(NamedTuple):
     plain: dict[str, np.ndarray]
     steps: dict[str, int]
     debiased: dict[str, dict[str, np.ndarray]]
+    heads: dict[str, int]
 
     def without_options(self) -> "Weights":
         """The values alone, as of a source that has no hyperparameters."""
-        return self._replace(norms={}, steps={}, debiased={})
+        return self._replace(norms={}, steps={}, debiased={}, heads={})
 
 
 def no_weights() -> Weights:
-    return Weights({}, {}, {}, {}, {})
+    return Weights({}, {}, {}, {}, {}, {})
 
 
 def note(weights: Weights, name: str, arrays: Mapping[str, Any]) -> None:
-    """Adds a layer's arrays."""
-    weights.values.update({dotted(name, key): a for key, a in arrays.items() if a is not None})
+    """Adds a layer's arrays, whose names no other has."""
+    for key, a in arrays.items():
+        if a is None:
+            continue
+        if (full := dotted(name, key)) in weights.values:
+            raise ValueError(f"two layers of the source have weights of the name {full!r}: rename one of them there.")
+        weights.values[full] = a
 
 
 def note_norm(weights: Weights, name: str, norm: Norm) -> None:

@@ -147,6 +147,11 @@ def _values(
 ) -> dict[str, np.ndarray]:
     """The values of the model's variables, by path; hyperparameters are set, or compared."""
     paths, shapes = selected(found, layers), dict(flattened or {})
+    if transposed := [path for path in paths if path in found.layers and type(found.layers[path].module).__name__ == "ConvTranspose"]:
+        raise ValueError(
+            f"there is no rule for transposed convolutions of other libraries: {some(sorted(transposed))}; leave them out with layers=, a "
+            "function that is False for their paths, and set them yourself."
+        )
     check_flattened(found, shapes)
     if match not in ("name", "order"):
         raise ValueError(f'match must be "name" or "order", got {match!r}.')
@@ -160,6 +165,9 @@ def _values(
     values = read(found, pairs_with(found, weights, name, shapes), _without_beside(weights, wrapped), paths, ignore)
     problems: list[str] = []
     for path, layer in found.layers.items():
+        heads = weights.heads.get(name(layer.name))
+        if path in paths and heads is not None and heads != (ours := getattr(layer.module, "num_heads", heads)):
+            problems.append(f"{path}: {ours} heads here, {heads} there")
         if path in paths and type(layer.module).__name__ in NORMS:
             told, count = _options_of(layer, weights, name(layer.name), set_too)
             problems += [f"{path}: {problem}" for problem in told]
