@@ -536,6 +536,25 @@ def test_dropout_is_off_in_copies():
     assert model.norm.use_running_average and model.dropout.deterministic
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_order_of_calls(jit):
+    """Not that of the names of attributes; also inside of what is compiled, and traced before."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.a, self.b = jnx.LayerNorm(CHANNELS, rngs=nnx.Rngs(0)), jnx.BatchNorm(CHANNELS, rngs=nnx.Rngs(0))
+            self.blocks = nnx.List([nnx.BatchNorm(CHANNELS, rngs=nnx.Rngs(0))])
+            self.aside = jnx.BatchNorm(CHANNELS, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.a(self.b(self.blocks[0](x)))
+
+    model, x = Net(), jnp.ones((8, CHANNELS))
+    run = (nnx.jit if jit else lambda f: f)(lambda m, x: m(x))
+    for _ in range(2):
+        assert [a.path for a in tools.inspect_norms(run, model, [x]).layers] == ["blocks/0", "b", "a", "aside"]
+
+
 OTHERS = {
     "batch_renorm": (jnorm.batch_renorm, jnorm.batch_renorm_state, {"momentum": 0.9}),
     "mean_only_batch_norm": (jnorm.mean_only_batch_norm, jnorm.mean_only_batch_norm_state, {"momentum": 0.9}),

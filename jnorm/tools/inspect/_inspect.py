@@ -13,7 +13,7 @@ from ._collect import collect
 from ._measure import Signs, measure, measure_scale
 from ._report import LayerReport, Report
 from ._sensitivity import check_loss, measure_losses
-from ._subject import is_frozen, of_module, of_tree
+from ._subject import in_order, is_frozen, of_module, of_tree
 from ._verdicts import findings, overall
 
 
@@ -100,6 +100,7 @@ def inspect_norms(
         raise ValueError("there are no batches, and so no statistics. An iterator that an earlier loop used up has none left.")
     if subject.loss is not None:
         check_loss(subject, kept[0])
+    paths = in_order(subject, paths, kept[0])
     running = [path for path in paths if path in subject.running]
     evaluations = 0 if loss is None else (3 + 2 * len(running)) * len(kept)
     with progress_bar(progress, "inspect_norms", 2 * len(kept) * bool(running) + evaluations) as done:

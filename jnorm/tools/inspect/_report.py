@@ -126,7 +126,7 @@ class Report:
     """What :func:`jnorm.tools.inspect_norms` found. `print` shows a table.
 
     Args:
-      layers: in the order of the state, or of the model.
+      layers: in the order of the state, or of an NNX model in the one that the step calls them in.
       losses: None without a loss.
       batches: how many there were.
       verdict: of all of it, in words.

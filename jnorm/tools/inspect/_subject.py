@@ -24,6 +24,7 @@ class Subject(NamedTuple):
     kinds: dict[str, str]
     epsilons: dict[str, float]
     momentums: dict[str, float | None]
+    called: list[str] = []  # the paths of modules, as a trace of the step calls them
     # The loss with the norms at some paths in training mode, and the state after it: where the modules are known.
     training_loss: Callable[[list[str]], Callable[[Any, Any], Any]] | None = None
 
@@ -98,6 +99,8 @@ def of_module(step: Any, model: nnx.Module, loss: Any, params: Any, epsilon: flo
         if isinstance(norm, classes):
             norm.use_running_average = False
 
+    called: list[str] = []
+
     def training_loss(paths: list[str]) -> Callable[[Any, Any], Any]:
         some = nnx.clone(evaluating)
         for path, norm in nnx_norms(some, NORMS_NNX).items():
@@ -109,7 +112,7 @@ def of_module(step: Any, model: nnx.Module, loss: Any, params: Any, epsilon: flo
     scales = {path: np.asarray(norm.scale[...]) for path, norm in norms.items() if getattr(norm, "scale", None) is not None}
     return Subject(
         state,
-        _on_copy(step, training, returns=1),
+        _on_copy(_noting(step, called), training, returns=1),
         None if loss is None else _on_copy(loss, evaluating, returns=0),
         list(norms),
         state,
@@ -117,6 +120,7 @@ def of_module(step: Any, model: nnx.Module, loss: Any, params: Any, epsilon: flo
         {path: type(norm).__name__ for path, norm in norms.items()},
         {path: 0.0 if "std" in state[path] else float(getattr(norm, "epsilon", 0.0)) for path, norm in with_state.items()},
         {path: momentum if norm.momentum is None else float(norm.momentum) for path, norm in with_state.items()},
+        called,
         None if loss is None else training_loss,
     )
 
@@ -144,6 +148,34 @@ def _on_copy(function: Any, model: nnx.Module, returns: int | None = None) -> Ca
         return both if returns is None else both[returns]
 
     return lambda state, batch: run(arrays, state, batch)
+
+
+def _noting(step: Any, called: list[str]) -> Any:
+    """The step of a copy, whose norms note their calls: of classes made here, which no cache of what the step compiles has seen."""
+    made: dict[type, type] = {}
+
+    def noting(cls: type) -> type:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            called.append(self.inspected_path)
+            return cls.__call__(self, *args, **kwargs)
+
+        return made.setdefault(cls, type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__}))
+
+    def run(copy: Any, batch: Any) -> Any:
+        for path, norm in nnx_norms(copy, NORMS_NNX).items():
+            norm.inspected_path = path
+            object.__setattr__(norm, "__class__", noting(type(norm)))
+        return step(copy, batch)
+
+    return run
+
+
+def in_order(subject: Subject, paths: list[str], batch: Any) -> list[str]:
+    """As a step calls them, and then what it does not call; of a tree as they lie in it."""
+    if subject.kinds:
+        jax.eval_shape(subject.step, subject.state, batch)  # what is traced here is what runs
+    order = {path: i for i, path in enumerate(dict.fromkeys(subject.called))}
+    return sorted(paths, key=lambda path: order.get(path, len(order)))
 
 
 def is_frozen(state: Mapping[str, Any]) -> bool:
