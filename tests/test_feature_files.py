@@ -332,9 +332,51 @@ def test_no_files(tmp_path):
         tools.feature_statistics_of_files(str(tmp_path / "*.npy"))
     with refuses("notes.txt", "unknown kind", ".npy"):
         tools.feature_statistics_of_files(tmp_path / "notes.txt")
-    for sources, got in ((3, "int"), ([1.0], "float")):
+    for sources, got in (
+        (3, "int"),
+        ([1.0], "float"),
+        ([[1.0, 2.0], [3.0, 4.0]], "list; give rows of numbers as one np.array"),
+        ({}, "dict"),
+    ):
         with refuses("sources", got, kind=TypeError):
             tools.feature_statistics_of_files(sources)
+
+
+def test_options_that_nothing_is_for(tmp_path, rng):
+    np.save(tmp_path / "a.npy", rows(rng))
+    for sources in (tmp_path, str(tmp_path / "*.npy"), rows(rng)):
+        with refuses("members='x'", ".npz archives", "there is none in"):
+            tools.feature_statistics_of_files(sources, members="x")
+        with refuses("csv_header=True", "tables of text", "there is none in"):
+            tools.feature_statistics_of_files(sources, csv_header=True)
+    tools.feature_statistics_of_files([tmp_path / "a.npy"], members="x", csv_header=True)  # the share of a process
+
+
+def test_the_home_folder(tmp_path, rng, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "a.npy", rows(rng))
+    statistics = tools.feature_statistics_of_files("~/a.npy")
+    tools.save_feature_statistics("~/new/folder/s.npz", statistics)
+    jax.tree.map(np.testing.assert_array_equal, tools.load_feature_statistics("~/new/folder/s.npz"), statistics)
+    assert tools.standardize_files("~/*.npy", "~/out", statistics) == [tmp_path / "out/a.npy"]
+
+
+def test_masked_arrays():
+    x = np.ma.masked_array(np.float32([[1, 2], [3, 100]]), [[False, False], [False, True]])
+    for sources in (x, [x]):
+        with refuses("masked", ".filled(np.nan)", 'missing="nan"', kind=TypeError):
+            tools.feature_statistics_of_files(sources)
+    assert tools.feature_statistics_of_files(x.filled(np.nan), missing="nan")["mean"].tolist() == [2, 2]
+
+
+def test_what_the_dtype_cannot_hold(tmp_path):
+    np.save(tmp_path / "a.npy", np.float16([[1], [-1]]))
+    statistics = {"count": np.float64([2]), "mean": np.float64([0]), "var": np.float64([1e12])}
+    with refuses("a.npy", "too large for float16", "dtype="):
+        tools.standardize_files(tmp_path / "a.npy", tmp_path / "out", statistics, inverse=True)
+    assert not list((tmp_path / "out").iterdir())
+    (path,) = tools.standardize_files(tmp_path / "a.npy", tmp_path / "out", statistics, inverse=True, dtype=np.float32)
+    assert np.load(path).tolist() == [[1e6], [-1e6]]
 
 
 def test_files_of_other_features(tmp_path, rng):
@@ -433,8 +475,11 @@ def test_tables_of_text(tmp_path, rng):
     lines = "\r\n".join(",".join(map(repr, row)) for row in x.tolist())
     close(table(f'\ufeff"a","b # c",d\r\n# more\r\n{lines}\r\n\r\n'.replace(" # c", ""), csv_header=True), x)
     close(table(lines, max_bytes=1), x)
-    with refuses("x.csv", "lines 1 to 1", "'a'", "csv_header=True"):
+    with refuses("x.csv", "line 1 has names", "'a,b,c'", "csv_header=True"):
         table(f"a,b,c\n{lines}")
+    for text, line in (("1,2\n3,?", "lines 1 to 2"), ("?,2\n3,?", "lines 1 to 1"), ("a,b", "lines 1 to 1")):
+        with pytest.raises(ValueError, match=f"x.csv cannot be read: {line}: (?!.*csv_header)"):
+            table(text)
     with refuses("x.csv", "lines 3 to 4", "'?'"):
         table("1,2\n\n1,2\n3,?", csv_header=True)
     for max_bytes in (1, 64 << 20):
@@ -485,7 +530,18 @@ def test_saved_and_loaded(tmp_path, rng):
     assert (tmp_path / "s.npz").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+def test_saved_in_bfloat16(tmp_path):
+    tools.save_feature_statistics(tmp_path / "s.npz", {k: jnp.full(2, 1.5, jnp.bfloat16) for k in KEYS})
+    new = tools.load_feature_statistics(tmp_path / "s.npz")
+    assert all(v.dtype == np.float32 and v.tolist() == [1.5, 1.5] for v in new.values())
+
+
 def test_files_that_have_no_statistics(tmp_path):
+    for names in (("a", "a/b"), ("a/b", "a"), ("a", "a/b/c")):
+        np.savez(tmp_path / "s.npz", **{name: np.ones(2) for name in names})
+        with refuses("s.npz", "arrays within what is an array", names[1]):
+            tools.load_feature_statistics(tmp_path / "s.npz")
+    (tmp_path / "s.npz").unlink()
     with refuses("no file", "s.npz", kind=FileNotFoundError):
         tools.load_feature_statistics(tmp_path / "s.npz")
     np.savez(tmp_path / "s.npz", mean=np.ones(2), var=np.ones(2), scale=np.ones(2))

@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,23 +54,37 @@ class Part(NamedTuple):
 def parts_of(sources: Any, members: Members, csv_header: bool) -> Iterator[Part]:
     """The arrays that are meant by a path, a folder, a pattern, an array, or an iterable of these."""
     if isinstance(sources, str | os.PathLike):
-        for path in _files(Path(sources)):
+        files = _files(Path(sources))
+        _check_used({file.suffix.lower() for file in files}, f"{sources}", members, csv_header)
+        for path in files:
             yield from _parts_of_file(path, members, csv_header)
     elif hasattr(sources, "__array__"):
+        _check_used(set(), "an array", members, csv_header)
         yield _of_array(sources, "the array")
-    elif isinstance(sources, Iterable):
+    elif isinstance(sources, Iterable) and not isinstance(sources, Mapping):
         for number, source in enumerate(sources):
             if hasattr(source, "__array__"):
                 yield _of_array(source, f"array {number}")
             elif isinstance(source, str | os.PathLike):
-                yield from parts_of(source, members, csv_header)
+                for path in _files(Path(source)):
+                    yield from _parts_of_file(path, members, csv_header)
             else:
-                raise TypeError(f"sources[{number}] must be a path or an array, got {type(source).__name__}.")
+                fix = "; give rows of numbers as one np.array" if isinstance(source, list | tuple | int | float) else ""
+                raise TypeError(f"sources[{number}] must be a path or an array, got {type(source).__name__}{fix}.")
     else:
         raise TypeError(f"sources must be a path, a pattern, an array, or an iterable of these, got {type(sources).__name__}.")
 
 
+def _check_used(suffixes: set[str], where: str, members: Members, csv_header: bool) -> None:
+    """Not of lists, which may be the share of a process."""
+    if members is not None and ".npz" not in suffixes:
+        raise ValueError(f"members={members!r} is for .npz archives, and there is none in {where}.")
+    if csv_header and not suffixes & set(DELIMITERS):
+        raise ValueError(f"csv_header=True is for tables of text, .csv or .tsv, and there is none in {where}.")
+
+
 def _files(path: Path) -> list[Path]:
+    path = path.expanduser()
     known = ", ".join(SUFFIXES)
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
@@ -130,6 +144,8 @@ def _part(
 
 
 def _of_array(array: Any, name: str) -> Part:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f'{name} is a masked one, whose mask is not looked at: give .filled(np.nan) of it, with missing="nan".')
     array = np.asarray(array)
 
     def read(number: int) -> Iterator[Rows]:
@@ -239,11 +255,19 @@ def _of_table(path: Path, delimiter: str, header: bool) -> Part:
             except ValueError:  # slower, and knows that an empty field is a missing value
                 return np.loadtxt(text, delimiter=delimiter, ndmin=2, quotechar='"', converters=_number)
         except ValueError as e:
-            what = "; csv_header=True leaves out a first line of names" if not header and some[0][0] == first[0][0] else ""
-            raise ValueError(f"lines {some[0][0]} to {some[-1][0]}: {e}{what}.") from e
+            raise ValueError(f"lines {some[0][0]} to {some[-1][0]}: {e}.") from e
+
+    def of_numbers(some: list[tuple[int, str]]) -> bool:
+        with contextlib.suppress(ValueError):
+            return parsed(some).size > 0
+        return False
 
     with reading(path):
-        first = list(itertools.islice(lines(), int(header), int(header) + 1))
+        first, second = (list(itertools.islice(lines(), at, at + 1)) for at in (int(header), int(header) + 1))
+        if second and not header and of_numbers(second) and not of_numbers(first):
+            raise ValueError(
+                f"line {first[0][0]} has names in place of numbers, {first[0][1].strip()[:60]!r}; csv_header=True leaves it out."
+            )
         columns = parsed(first).shape[1] if first else 0
 
     def read(number: int) -> Iterator[Rows]:

@@ -48,7 +48,7 @@ def feature_statistics_of_files(
       missing: "nan": values that are NaN, or empty in a table of text, are left out, each feature having its own count. None: they are
         an error.
       members: of .npz archives, the name, or names, of the arrays to read; None: all.
-      csv_header: the first line of tables of text has names.
+      csv_header: the first line of tables of text has names. A list may be without any, as the share of a process may.
       max_bytes: what is held of the data at a time; at least one row is.
       progress: show a progress bar, which needs rich.
 
@@ -58,8 +58,8 @@ def feature_statistics_of_files(
 
     Raises:
       ValueError: no files, an empty one, one that cannot be read, or of other features than the first; NaN without `missing`;
-        infinite values; axes that do not fit. The error names the file.
-      TypeError: values that are no real numbers.
+        infinite values; axes that do not fit; `members` or `csv_header` where the path leads to no such file. The error names the file.
+      TypeError: values that are no real numbers; a masked array.
       FileNotFoundError: a path that leads to nothing.
       ImportError: `progress` without rich.
 
@@ -141,8 +141,8 @@ def standardize_files(
 
     Raises:
       ValueError: no files, an empty one, one that cannot be read, or whose features are not those of the statistics; two that would be
-        written under one name; a file that would be written over itself. All but what cannot be read is found before anything is
-        written.
+        written under one name; a file that would be written over itself. All but what cannot be read, and values too large for the
+        dtype, is found before anything is written.
       TypeError: values that are no real numbers; arrays among the sources; a dtype that is not floating.
       FileExistsError: a file to write is there already, without `overwrite`.
       ImportError: `progress` without rich.
@@ -166,7 +166,7 @@ def standardize_files(
     parts = list(parts)
     if not parts:
         raise ValueError("there are no files to standardize.")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     targets = _targets([part for part, _ in parts], folder, overwrite)
     dtypes = [_dtype(dtype, part.dtype) for part, _ in parts]
     mean, divisor = _mean_and_divisor(statistics, correction, minimum_std)
@@ -183,7 +183,7 @@ def standardize_files(
                     else:
                         x -= shift
                         x /= factor
-                    write(x.astype(kind).reshape(rows.values.shape))
+                    write(_narrowed(x, kind, part.name).reshape(rows.values.shape))
                     advance(rows.size)
     return targets
 
@@ -257,6 +257,14 @@ def _dtype(dtype: Any, of: np.dtype) -> np.dtype:
     if np.dtype(dtype).kind != "f":
         raise TypeError(f"dtype must be a floating one that NumPy keeps in files, such as float32, got {np.dtype(dtype)}.")
     return np.dtype(dtype)
+
+
+def _narrowed(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        narrow = x.astype(dtype)
+    if np.count_nonzero(np.isfinite(narrow)) != np.count_nonzero(np.isfinite(x)):
+        raise ValueError(f"{name} has values that are too large for {dtype}, in which they would be written; give a wider dtype=.")
+    return narrow
 
 
 def _targets(parts: list[Part], folder: Path, overwrite: bool) -> list[Path]:

@@ -25,7 +25,7 @@ def save_feature_statistics(path: str | os.PathLike[str], statistics: Any) -> No
     """Write feature statistics to a file of their own, an .npz archive of plain arrays.
 
     Args:
-      path: of the file, which is replaced where it exists.
+      path: of the file, which is replaced where it exists; folders that are missing are made.
       statistics: from :func:`feature_statistics_of_files` or :func:`jnorm.feature_statistics`; or several, in a dict, which may be
         nested, such as `{"inputs": ..., "targets": ...}`.
 
@@ -44,7 +44,9 @@ def save_feature_statistics(path: str | os.PathLike[str], statistics: Any) -> No
     """
     flat: dict[str, np.ndarray] = {}
     _flatten(statistics, "", flat)
-    with replacing(Path(path)) as stream:
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as stream:
         np.savez(stream, allow_pickle=False, **flat)
 
 
@@ -55,7 +57,7 @@ def load_feature_statistics(path: str | os.PathLike[str]) -> Any:
       path: of the file.
 
     Returns:
-      The statistics, or the dict of several, as arrays of NumPy of the dtypes that were saved.
+      The statistics, or the dict of several, as arrays of NumPy of the dtypes that were saved; bfloat16 as float32.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -69,7 +71,7 @@ def load_feature_statistics(path: str | os.PathLike[str]) -> Any:
       ...     jnorm.tools.load_feature_statistics(f"{folder}/both.npz")["targets"]["var"].tolist()
       [1.0]
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
     tree: dict[str, Any] = {}
@@ -82,6 +84,10 @@ def load_feature_statistics(path: str | os.PathLike[str]) -> Any:
                 node = tree
                 for folder in folders:
                     node = node.setdefault(folder, {})
+                    if not isinstance(node, dict):
+                        break
+                if not isinstance(node, dict) or key in node:
+                    raise ValueError(f"it has arrays within what is an array, at {name!r}.")
                 node[key] = archive[name]
         _flatten(tree, "", {})
     return tree
@@ -168,4 +174,9 @@ def _flatten(tree: Any, path: str, into: dict[str, np.ndarray]) -> None:
             _flatten(node, f"{path}{name}/", into)
         return
     _check_keys(tree, path.rstrip("/") or "statistics")
-    into |= {path + key: np.asarray(tree[key]) for key in KEYS}
+    into |= {path + key: _kept(np.asarray(tree[key])) for key in KEYS}
+
+
+def _kept(array: np.ndarray) -> np.ndarray:
+    """NumPy keeps no bfloat16 in files."""
+    return array if array.dtype.kind == "f" else array.astype(np.float32)
