@@ -50,7 +50,8 @@ def _devices() -> tuple[list[Any], str | None]:
         return jax.devices(), None
     except Exception as e:  # a platform that was asked for and is not there, or a driver that does not start
         asked = os.environ.get("JAX_PLATFORMS")
-        return [], _line(e) + (f" (JAX_PLATFORMS={asked} asks for that; unset it, and JAX takes what there is.)" if asked else "")
+        why = _line(e) if str(e).strip() else f"JAX cannot start the platform ({type(e).__name__}, without a word why)"
+        return [], why + (f" (JAX_PLATFORMS={asked} asks for that; unset it, and JAX takes what there is.)" if asked else "")
 
 
 def _line(error: BaseException) -> str:

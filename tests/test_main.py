@@ -66,6 +66,23 @@ def test_a_platform_that_is_not_there(monkeypatch, capsys):
     assert "more" not in text.split("no TPU")[1].split("kernels")[0]
 
 
+def test_a_failure_without_a_word(monkeypatch):
+    """As of JAX where a platform is asked for, but not installed."""
+
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert "cannot start the platform (AssertionError" in main._devices()[1] and "JAX_PLATFORMS=cuda asks" in main._devices()[1]
+
+
+def test_a_setting_of_kernels_that_there_is_not():
+    done = python("-m", "jnorm", JNORM_KERNELS="bogus")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("the environment variable JNORM_KERNELS must be") and "'bogus'. Unset it" in done.stderr
+
+
 def test_the_kernels_in_words(monkeypatch, capsys):
     """Which are active, why, and what to do, for each way that it can be."""
     from jnorm._kernels import _library
