@@ -555,6 +555,28 @@ def test_order_of_calls(jit):
         assert [a.path for a in tools.inspect_norms(run, model, [x]).layers] == ["blocks/0", "b", "a", "aside"]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_all_variables(frozen, rng):
+    """In place of a collection of them: the same report, with the parameters that are there too."""
+    net, batches = LinenNet(), normal(rng, 2, size=16)
+    variables = {"params": net.init(jax.random.key(0), batches[0], train=True)["params"], "batch_stats": STATE}
+    variables["params"]["norm_0"]["scale"] = np.float32([1, 0, 1, 1])
+    run, state, _ = by_api("linen")
+    given = flax.core.freeze(variables) if frozen else variables
+
+    def step_of_all(variables, x):
+        return type(variables)({**variables, **net.apply(variables, x, train=True, mutable=["batch_stats"])[1]})
+
+    report = tools.inspect_norms(step_of_all, given, batches, loss=lambda v, x: target_loss(net.apply(v, x, train=False)))
+    assert [(a.path, a.dead) for a in report.layers] == [("norm_0", (1,)), ("norm_1", ())]
+    assert [a.kl for a in report.layers][0] == tools.inspect_norms(run, state, batches).layers[0].kl
+    assert np.ptp(report.losses.means) > 0
+    whole = tools.inspect_norms(run, state, batches, params=given)
+    assert [(a.path, a.dead) for a in whole.layers] == [("norm_0", (1,)), ("norm_1", ())]
+    with refuses("no scale in params has the path of a state", "'net/norm_0'", "'norm_0'"):
+        tools.inspect_norms(run, state, batches, params={"net": variables["params"]})
+
+
 OTHERS = {
     "batch_renorm": (jnorm.batch_renorm, jnorm.batch_renorm_state, {"momentum": 0.9}),
     "mean_only_batch_norm": (jnorm.mean_only_batch_norm, jnorm.mean_only_batch_norm_state, {"momentum": 0.9}),

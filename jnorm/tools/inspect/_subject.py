@@ -10,6 +10,7 @@ from flax import nnx
 
 from ..._pipeline.marks import STATISTICS
 from .._layers import NORMS_NNX, RUNNING_NNX, is_state, nnx_norms, path_text
+from ._variables import check_prefix, of_variables
 
 MOMENTUM = 0.9  # where none is told: of the usual ones that with the most noise in its averages
 
@@ -40,10 +41,12 @@ class Subject(NamedTuple):
 
 
 def of_tree(step: Any, state: Any, loss: Any, params: Any, epsilon: float, momentum: float | None) -> Subject:
+    step, state, loss, params = of_variables(jax.jit(step), state, None if loss is None else jax.jit(loss), params)
     running = {path_text(p): node for p, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_state) if is_state(node)}
     scales = _scales(params)
     for path in running.keys() & scales.keys():
         _check_shape(path, scales[path], running[path])
+    check_prefix(running, scales)
     if not running and not scales:
         raise ValueError(
             "there are no norms: no running statistics, such as a dict of 'mean' and 'var', in the state, and no 'scale' in params."
@@ -51,8 +54,8 @@ def of_tree(step: Any, state: Any, loss: Any, params: Any, epsilon: float, momen
     arrays = jax.tree.map(jnp.asarray, state)
     return Subject(
         arrays,
-        jax.jit(step),
-        None if loss is None else jax.jit(loss),
+        step,
+        loss,
         list(dict.fromkeys([*running, *scales])),
         running,
         scales,
