@@ -1,7 +1,5 @@
 """What of a PyTorch model only looks alike is refused, and what looks otherwise but is alike is taken."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-import jnorm.linen as jnn
 import jnorm.nnx as jnx
 from jnorm.tools import convert
 from refusals import refuses
@@ -72,3 +69,85 @@ def test_axes_that_pytorch_has():
         assert type(convert.as_torch(convert.Norm(**options))).__name__ == name
     batch = convert.Norm(kind="LayerNorm", shape=(3,), reduction_axes=(0,))
     assert type(convert.as_torch(batch, spatial=0)).__name__ == "BatchNorm1d"
+
+
+ATTENTION = nnx.MultiHeadAttention(2, 8, decode=False, rngs=RNGS)
+CONV = torch.nn.Conv2d(3, 3, 3)
+NEGATIVE_AXES = jnx.LayerNorm(4, reduction_axes=-2, feature_axes=-2, rngs=RNGS)
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "told"),
+    [
+        (ATTENTION, torch.nn.MultiheadAttention(8, 4), "num_heads is 2 here, 4 there"),
+        (ATTENTION, torch.nn.MultiheadAttention(8, 2, add_zero_attn=True), "add_zero_attn=True there"),
+        (ATTENTION, torch.nn.MultiheadAttention(8, 2, add_bias_kv=True), "add_bias_kv=True there"),
+        (nnx.MultiHeadAttention(2, 8, decode=False, normalize_qk=True, rngs=RNGS), {}, "normalize_qk=True"),
+        (nnx.Conv(3, 3, (3, 3), padding="VALID", input_dilation=2, rngs=RNGS), CONV, "input_dilation is 2 here"),
+        (
+            nnx.Conv(3, 3, (3, 3), padding="CIRCULAR", rngs=RNGS),
+            torch.nn.Conv2d(3, 3, 3, padding=2, padding_mode="circular"),
+            "padding=[(1, 1), (1, 1)] here, padding=[(2, 2), (2, 2)] there",
+        ),
+        (nnx.Conv(3, 3, (3, 3), rngs=RNGS), torch.nn.ConvTranspose2d(3, 3, 3), "Conv here, ConvTranspose2d there"),
+        (nnx.ConvTranspose(3, 3, (3, 3), rngs=RNGS), CONV, "ConvTranspose here, Conv2d there"),
+        (nnx.Embed(5, 3, rngs=RNGS), torch.nn.Linear(3, 5, bias=False), "Embed here, Linear there"),
+        (nnx.Linear(5, 3, use_bias=False, rngs=RNGS), torch.nn.Embedding(3, 5), "Linear here, Embedding there"),
+        (jnx.LayerNorm(4, reduction_axes=(1, 2), rngs=RNGS), torch.nn.LayerNorm(4), "reduction_axes is (1, 2) here, (-1,) there"),
+        (NEGATIVE_AXES, torch.nn.LayerNorm(4), "reduction_axes is (-2,) here, (-1,) there"),
+    ],
+    ids=[
+        *("heads", "zero", "bias", "normalized", "dilation", "circular", "transposed", "plain", "embedding", "dense"),
+        *("axes", "negative axes"),
+    ],
+)
+def test_layers_that_only_look_alike(model, source, told):
+    with refuses(told):
+        convert.load_torch(model, source)
+
+
+def test_a_circular_convolution():
+    source = torch.nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
+    model = convert.load_torch(nnx.Conv(3, 3, (3, 3), padding="CIRCULAR", rngs=RNGS), source)
+    x = np.random.default_rng(0).normal(size=(1, 5, 5, 3)).astype(np.float32)
+    want = source(torch.tensor(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(model(x), want, atol=64 * 2**-24)
+
+
+def test_stacked_layers():
+    """Three layers in one, as loops have them: there is no PyTorch module of which that would be the state."""
+    stack = nnx.List([nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs), in_axes=0)(nnx.Rngs(0).split(3))])
+    with refuses("0 (several Linear stacked: kernel has the shape (3, 4, 4))"):
+        convert.to_torch(stack)
+    norms = nnx.vmap(lambda rngs: jnx.BatchNorm(4, rngs=rngs), in_axes=0)(nnx.Rngs(0).split(3))
+    with refuses("the model itself (several BatchNorm stacked: scale has the shape (3, 4))"):
+        convert.to_torch(norms)
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(3, name="dense")(x), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)(name="blocks")(x, None)[0]
+
+    model, x = Model(), jnp.ones((1, 3))
+    with refuses("blocks/dense (several Dense stacked: kernel has the shape (2, 3, 3))"):
+        convert.to_torch_linen(model, jax.eval_shape(model.init, jax.random.key(0), x), x)
+
+
+def test_attention_of_linen_by_itself(rng):
+    """With keys and values of other sizes, and as the whole model."""
+    with jax.numpy_dtype_promotion("standard"):
+        model = nn.MultiHeadDotProductAttention(2)
+        q, k, v = (jnp.asarray(rng.normal(size=(1, 3, size)), jnp.float32) for size in (4, 6, 8))
+        for arguments, sizes in (((q, k, v), {"kdim": 6, "vdim": 8}), ((q, q, q), {})):
+            source = torch.nn.MultiheadAttention(4, 2, batch_first=True, **sizes)
+            given = jax.eval_shape(model.init, jax.random.key(0), *arguments)
+            variables = convert.load_torch_linen(model, given, source, *arguments)
+            with torch.no_grad():
+                want = source(*(torch.tensor(np.asarray(a)) for a in arguments))[0].numpy()
+            np.testing.assert_allclose(model.apply(variables, *arguments), want, atol=64 * 2**-24)
+            assert convert.to_torch_linen(model, variables, *arguments).keys() == source.state_dict().keys()

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from ._match import some
+from ._match import some, told
 from ._norm import Norm
 from ._torch import of_torch
-from ._trees import NORMS, Layer, Model
+from ._trees import ATTENTION, NORMS, Layer, Model, axes_of
 
 _NORMS_OF = {
     "BatchNorm": ("BatchNorm",),
@@ -15,6 +15,16 @@ _NORMS_OF = {
     "GroupNorm": ("GroupNorm",),
     "LayerNorm": ("LayerNorm", "AddLayerNorm"),
     "RMSNorm": ("RMSNorm", "AddRMSNorm"),
+}
+# By the name of PyTorch's class, or of one that it is derived from.
+_KINDS_OF = {
+    "Linear": ("Linear", "Dense"),
+    **{f"Conv{n}d": ("Conv",) for n in (1, 2, 3)},
+    **{f"ConvTranspose{n}d": ("ConvTranspose",) for n in (1, 2, 3)},
+    "Embedding": ("Embed",),
+    "EmbeddingBag": ("Embed",),
+    "PReLU": ("PReLU",),
+    "MultiheadAttention": ATTENTION,
 }
 Pads = tuple[tuple[int, int], ...]
 
@@ -44,11 +54,32 @@ def _problems(model: Model, source: Any, name: Callable[[str], str], paths: set[
         kind = type(layer.module).__name__
         if kind in NORMS:
             found = _norm_problems(layer, theirs, set_too)
+        elif there := _other_kind(kind, theirs):
+            found = [f"{kind} here, {there} there"]
+        elif kind in ATTENTION and hasattr(theirs, "add_zero_attn"):
+            found = _attention_problems(layer.module, theirs)
         elif kind in ("Conv", "ConvTranspose") and hasattr(theirs, "padding_mode"):
             found = _conv_problems(layer.module, theirs)
         else:
             found = []
-        problems += [f"{path}: {problem}" for problem in found]
+        problems += [f"{told(path)}: {problem}" for problem in found]
+    return problems
+
+
+def _other_kind(kind: str, theirs: Any) -> str | None:
+    """What a layer is there, if it is not the same; a class of the user's own may be anything."""
+    there = next((base.__name__ for base in type(theirs).__mro__ if base.__name__ in _KINDS_OF), None)
+    return None if there is None or kind in _KINDS_OF[there] else there
+
+
+def _attention_problems(ours: Any, theirs: Any) -> list[str]:
+    problems = []
+    if ours.num_heads != theirs.num_heads:
+        problems.append(f"num_heads is {ours.num_heads} here, {theirs.num_heads} there")
+    if theirs.add_zero_attn:
+        problems.append("add_zero_attn=True there, which Flax's attention does not have")
+    if theirs.bias_k is not None:
+        problems.append("add_bias_kv=True there, which Flax's attention does not have")
     return problems
 
 
@@ -79,7 +110,7 @@ def problems_of(layer: Layer, norm: Norm, theirs: str, set_too: bool) -> list[st
             wanted["running_var_correction"] = norm.running_var_correction
     if norm.kind == "GroupNorm" and ours.num_groups != norm.num_groups:
         return [f"num_groups is {ours.num_groups} here, {norm.num_groups} there"]
-    problems = []
+    problems = _axes_problems(ours, norm)
     for option, value in wanted.items():
         there = hasattr(ours, option)
         if set_too and there:
@@ -89,6 +120,19 @@ def problems_of(layer: Layer, norm: Norm, theirs: str, set_too: bool) -> list[st
         elif not _close(getattr(ours, option), value):
             problems.append(f"{option} is {getattr(ours, option)} here, {value} there")
     return problems
+
+
+def _axes_problems(ours: Any, norm: Norm) -> list[str]:
+    """Axes may count from the other end here, and what is flattened has fewer, but only where all that is reduced is a feature."""
+    here, there = axes_of(ours, "reduction_axes"), norm.reduction_axes
+    if here is None or there is None:
+        return []
+    both = all(
+        set(features) == set(reduced) for features, reduced in ((axes_of(ours, "feature_axes") or (), here), (norm.feature_axes, there))
+    )
+    if (len(here) != len(there) and not both) or (len(here) == len(there) and max(*here, *there) < 0 and set(here) != set(there)):
+        return [f"reduction_axes is {here} here, {there} there"]
+    return []
 
 
 def _close(a: Any, b: Any) -> bool:
@@ -101,6 +145,8 @@ def _close(a: Any, b: Any) -> bool:
 def _conv_problems(ours: Any, theirs: Any) -> list[str]:
     n, problems = len(theirs.kernel_size), []
     strides, dilation = _spread(ours.strides, n), _spread(ours.kernel_dilation, n)
+    if any(d != 1 for d in _spread(getattr(ours, "input_dilation", 1), n)):
+        problems.append(f"input_dilation is {ours.input_dilation} here, which is a transposed convolution there")
     here = {"strides": strides, "dilation": dilation, "groups": getattr(ours, "feature_group_count", 1)}
     there = {"strides": tuple(theirs.stride), "dilation": tuple(theirs.dilation), "groups": theirs.groups}
     problems += [f"{key} is {here[key]} here, {there[key]} there" for key in here if here[key] != there[key]]
@@ -108,14 +154,10 @@ def _conv_problems(ours: Any, theirs: Any) -> list[str]:
     circular = {"CIRCULAR": "circular", "REFLECT": "reflect"}
     if theirs.padding_mode != circular.get(mode, "zeros"):
         return [*problems, f"the padding is {ours.padding!r} here, {theirs.padding_mode} there"]
-    if problems or mode in circular:
+    if problems:
         return problems
     sizes = [d * (k - 1) + 1 for d, k in zip(dilation, theirs.kernel_size, strict=True)]
-    want = (
-        _pads_of_transpose(theirs, sizes)
-        if hasattr(theirs, "output_padding") and type(ours).__name__ == "ConvTranspose"
-        else _pads_of(theirs, sizes)
-    )
+    want = _pads_of_transpose(theirs, sizes) if type(ours).__name__ == "ConvTranspose" else _pads_of(theirs, sizes)
     pads = _pads(ours, sizes, strides, transpose=type(ours).__name__ == "ConvTranspose")
     if pads is None:
         return [f'padding="{ours.padding}" with strides {strides} depends on the size of x; the source has {_told(want)}']
@@ -149,6 +191,8 @@ def _pads(ours: Any, sizes: list[int], strides: tuple[int, ...], transpose: bool
     if not isinstance(padding, str):
         each = (padding,) * len(sizes) if isinstance(padding, int) else tuple(padding)
         return tuple((p, p) if isinstance(p, int) else tuple(p) for p in each)
+    if padding in ("CIRCULAR", "REFLECT") and not transpose:
+        return tuple(((k - 1) // 2, k // 2) for k in sizes)
     if padding == "VALID":
         return tuple((k - 1, s - 1 + max(k - s, 0)) if transpose else (0, 0) for k, s in zip(sizes, strides, strict=True))
     if padding != "SAME":

@@ -35,8 +35,10 @@ def entries_of(layer: Layer, model: Model, flattened: Flattened = None) -> list[
         entries = _dense(layer, flattened)
     elif kind in NORMS:
         entries = _norm(layer, model, flattened)
+    elif kind in ATTENTION:
+        entries = _attention(layer, model)
     else:
-        entries = _MAKERS["Attention" if kind in ATTENTION else kind](layer)
+        entries = _MAKERS[kind](layer)
     entries = [e for e in entries if all(path in model.variables for path in e.ours)]
     return entries if layer.wrapper is None else _wrapped(layer, model, entries)
 
@@ -141,8 +143,8 @@ def _batches(count: np.ndarray, momentum: float | None) -> np.ndarray:
     return np.asarray(np.round(count) if momentum is None or momentum == 1 else 0, np.int64)
 
 
-def _attention(layer: Layer) -> list[Entry]:
-    module, heads, names = layer.module, layer.module.num_heads, ("query", "key", "value")
+def _attention(layer: Layer, model: Model) -> list[Entry]:
+    heads, names = layer.module.num_heads, ("query", "key", "value")
 
     def head(a: np.ndarray) -> np.ndarray:
         return a.T.reshape(*a.shape[1:], heads, a.shape[0] // heads)
@@ -157,7 +159,7 @@ def _attention(layer: Layer) -> list[Entry]:
         return (np.concatenate([flat(p) for p in parts]),)
 
     weights, biases = (tuple(join(layer.prefix, name, variable) for name in names) for variable in ("kernel", "bias"))
-    if getattr(module, "in_kv_features", None) in (None, getattr(module, "in_features", None)):
+    if len({model.variables[path].shape[0] for path in weights if path in model.variables}) < 2:
         kernels = [Entry(weights, ("in_proj_weight",), split, together)]
     else:
         kernels = [_one(path, f"{name[0]}_proj_weight", head, flat) for path, name in zip(weights, names, strict=True)]
@@ -175,7 +177,6 @@ _MAKERS: dict[str, Callable[[Layer], list[Entry]]] = {
     "ConvTranspose": _conv_transpose,
     "Embed": _embed,
     "PReLU": _prelu,
-    "Attention": _attention,
 }
 
 

@@ -63,7 +63,7 @@ def _keys(prefix: str, entry: Entry) -> tuple[str, ...]:
 def selected(model: Model, layers: Layers | None) -> set[str]:
     """The paths of layers, and parameters outside of layers, that are asked for; there must be a rule for each."""
     paths = set(chosen([*model.layers, *model.bare, *model.unknown], layers, "layers"))
-    if unknown := [f"{path} ({kind})" for path, kind in model.unknown.items() if path in paths]:
+    if unknown := [f"{told(path)} ({kind})" for path, kind in model.unknown.items() if path in paths]:
         raise ValueError(
             f"there is no rule for these layers: {some(unknown)}; leave them out with layers=, a function that is False for their paths, "
             "and set them yourself."
@@ -146,7 +146,7 @@ def read(model: Model, pairs: list[Pair], state: Mapping[str, Any], paths: set[s
         values |= dict(zip(pair.entry.ours, pair.entry.to_ours(*arrays), strict=True))
     extra = [key for key in state if key not in used | skipped and not _tied(state, key, used)]
     if missing or extra or wrong:
-        raise ValueError(_told(missing, extra, wrong, state, pairs))
+        raise ValueError(_misfits(missing, extra, wrong, state, pairs))
     return values
 
 
@@ -177,7 +177,7 @@ def _shapes_differ(model: Model, pair: Pair, arrays: list[np.ndarray]) -> str | 
     want = [a.shape for a in pair.entry.to_theirs(*zeros(model, pair))]
     for key, shape, array in zip(pair.keys, want, arrays, strict=True):
         if shape != array.shape:
-            return f"{pair.path}: {key!r} has the shape {array.shape}, the model needs {shape}"
+            return f"{told(pair.path)}: {key!r} has the shape {array.shape}, the model needs {shape}"
     return None
 
 
@@ -192,11 +192,11 @@ def _tied(state: Mapping[str, Any], key: str, used: set[str]) -> bool:
     return False
 
 
-def _told(missing: list, extra: list[str], wrong: list[str], state: Mapping[str, Any], pairs: list[Pair]) -> str:
+def _misfits(missing: list, extra: list[str], wrong: list[str], state: Mapping[str, Any], pairs: list[Pair]) -> str:
     wanted = [key for pair in pairs for key in pair.keys]
     lines = ["the state dict does not fit the model."]
     if missing:
-        lines.append(f"Missing: {some(missing, lambda pair: f'{pair[0]!r} (of {pair[1]}{near(pair[0], extra)})')}.")
+        lines.append(f"Missing: {some(missing, lambda pair: f'{pair[0]!r} (of {told(pair[1])}{near(pair[0], extra)})')}.")
     if extra:
         left = [key for key in wanted if key not in state]
         lines.append(f"Not in the model: {some(extra, lambda key: f'{key!r}{near(key, left, brackets=True)}')}.")
@@ -210,6 +210,10 @@ def _told(missing: list, extra: list[str], wrong: list[str], state: Mapping[str,
 def near(key: str, among: list[str], brackets: bool = False) -> str:
     found = difflib.get_close_matches(key, among, n=1, cutoff=0.5)
     return "" if not found else f" (like {found[0]!r})" if brackets else f"; like {found[0]!r}, which is there"
+
+
+def told(path: str) -> str:
+    return path or "the model itself"
 
 
 def some(things: list[Any], told: Callable[[Any], str] = str) -> str:

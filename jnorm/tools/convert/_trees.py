@@ -48,12 +48,53 @@ def join(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
+def axes_of(module: Any, name: str) -> tuple[int, ...] | None:
+    """Of a norm: its `feature_axes` or `reduction_axes`, whatever its class calls the first; None where there are none."""
+    axes = getattr(module, name, None)
+    if axes is None and name == "feature_axes":  # Flax's GroupNorm of NNX says feature_axis; its Linen one has the last axis
+        axes = getattr(module, "axis", getattr(module, "feature_axis", -1))
+    return tuple(axes) if isinstance(axes, list | tuple) else None if axes is None else (axes,)
+
+
+def _set_aside(found: Model) -> None:
+    """Layers that are not as other libraries have them, though their class is."""
+    for path, layer in list(found.layers.items()):
+        if reason := _reason(layer, found):
+            del found.layers[path]
+            found.unknown[path] = reason
+
+
+def _reason(layer: Layer, found: Model) -> str:
+    kind = type(layer.module).__name__
+    if kind in ATTENTION and getattr(layer.module, "normalize_qk", False):
+        return f"{kind} with normalize_qk=True"
+    for name, ndim in _ndims(layer.module, kind).items():
+        variable = found.variables.get(join(layer.prefix, name))
+        if variable is not None and len(variable.shape) != ndim:
+            return f"several {kind} stacked: {name} has the shape {tuple(variable.shape)}"
+    return ""
+
+
+def _ndims(module: Any, kind: str) -> dict[str, int]:
+    """How many axes a layer's variable has, unless there are several of it, as of `nnx.vmap` and `nn.scan`."""
+    if kind in NORMS:
+        axes = axes_of(module, "feature_axes") or ()
+        return dict.fromkeys(("scale", "bias", "mean", "var"), len(axes) if isinstance(module, nn.Module) else 1)
+    if kind in ATTENTION:
+        return {"query/kernel": 3, "out/kernel": 3}
+    if kind in ("Conv", "ConvTranspose"):
+        size = module.kernel_size
+        return {"kernel": len(size) + 2 if isinstance(size, list | tuple) else 3}
+    return {"kernel": 2, "embedding": 2, "negative_slope": 0}
+
+
 # --- NNX ------------------------------------------------------------------------------------------------------------------------------
 
 
 def of_nnx_model(model: nnx.Module) -> Model:
     found = Model({}, {}, {}, {}, {})
     _walk(model, (), (), found, set())
+    _set_aside(found)
     return found
 
 
@@ -166,7 +207,7 @@ def _sort_calls(calls: dict, wrappers: list, found: Model) -> None:
     inside: set[str] = set()
     for keys, module in sorted(calls.items(), key=lambda call: len(call[0]) > 0):
         path, kind = text(keys), type(module).__name__
-        if any(path.startswith(f"{outer}/") for outer in (*found.layers, *found.unknown)):
+        if any(not outer or path.startswith(f"{outer}/") for outer in (*found.layers, *found.unknown)):
             continue  # the parts of attention, of a recurrent cell
         if kind in KNOWN:
             # A wrapper holds what it adds under its own path and the layer's name.
@@ -178,3 +219,4 @@ def _sort_calls(calls: dict, wrappers: list, found: Model) -> None:
             found.unknown[path] = kind
             inside.update(under(path))
     found.bare.update({path: path for path in found.variables if path not in inside})
+    _set_aside(found)
