@@ -577,6 +577,20 @@ def test_all_variables(frozen, rng):
         tools.inspect_norms(run, state, batches, params={"net": variables["params"]})
 
 
+def test_samples_of_a_statistic(rng):
+    """Of a group of ghost batch norm; instance norm counts instances, which say nothing of noise."""
+    batches = [b.reshape(-1, 2, CHANNELS) for b in normal(rng, 8)]  # 32 examples of two values
+    for norm, samples, found in (
+        (jnx.GhostBatchNorm(CHANNELS, group_size=2, rngs=nnx.Rngs(0)), 4, ["few samples"]),
+        (jnx.GhostBatchNorm(CHANNELS, group_size=16, rngs=nnx.Rngs(0)), 32, []),
+        (jnx.TrackedInstanceNorm(CHANNELS, rngs=nnx.Rngs(0)), None, []),
+    ):
+        layer = only(tools.inspect_norms(lambda m, x: m(x), tools.recalibrate(lambda m, x: m(x), norm, batches), batches))
+        assert (layer.samples, [f.kind for f in layer.findings]) == (samples, found)
+        if samples:
+            np.testing.assert_allclose(layer.noise, samples**-0.5, rtol=0.5)  # of 4·7 degrees of freedom: three standard errors
+
+
 OTHERS = {
     "batch_renorm": (jnorm.batch_renorm, jnorm.batch_renorm_state, {"momentum": 0.9}),
     "mean_only_batch_norm": (jnorm.mean_only_batch_norm, jnorm.mean_only_batch_norm_state, {"momentum": 0.9}),

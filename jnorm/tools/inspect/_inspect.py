@@ -10,7 +10,7 @@ from .._layers import Layers, chosen
 from .._passes import Batches
 from .._progress import progress_bar
 from ._collect import collect
-from ._measure import Signs, measure, measure_scale
+from ._measure import Signs, measure, measure_scale, of_groups
 from ._report import LayerReport, Report
 from ._sensitivity import check_loss, measure_losses
 from ._subject import in_order, is_frozen, of_module, of_tree
@@ -113,6 +113,7 @@ def inspect_norms(
         if path in running:
             state = subject.running[path]
             numbers, signs = measure(found[path], state, subject.epsilons[path], subject.memory(path), scale)
+            numbers, signs = of_groups(numbers, signs, subject.groups(path))
             about |= {"frozen": is_frozen(state), "loss_alone": alone.get(path), "loss_without": without.get(path)}
         else:
             numbers, signs = measure_scale(scale), Signs()

@@ -88,6 +88,15 @@ def measure(
     return numbers, signs
 
 
+def of_groups(numbers: dict[str, Any], signs: Signs, groups: int | None) -> tuple[dict[str, Any], Signs]:
+    """Where the parts of a batch have statistics of their own; None: where each example has, of which no noise is told."""
+    if groups is None:
+        return {**numbers, "samples": None, "noise": None}, signs._replace(noise=0.0)
+    samples, noise = numbers.get("samples"), numbers.get("noise")
+    numbers = numbers | {"samples": samples and samples / groups, "noise": noise and noise * groups**0.5}
+    return numbers, signs._replace(noise=signs.noise * groups**0.5)
+
+
 def measure_scale(scale: np.ndarray | None) -> dict[str, Any]:
     """The fields of a `LayerReport` of a norm without running statistics."""
     size = 0 if scale is None else scale.size

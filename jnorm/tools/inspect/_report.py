@@ -33,8 +33,9 @@ class LayerReport:
       findings: what is wrong; nothing, as a rule.
       frozen: its running statistics normalize in training too.
       used: it has running statistics, and the step called it.
-      samples: how many values of a channel a batch has.
-      noise: the standard error of one batch's mean, in standard deviations: root mean square.
+      samples: how many values of a channel a batch has; a group of an NNX model's ghost batch norm. In a tree that norm is like others:
+        a batch counts.
+      noise: the standard error of the mean of these, in standard deviations: root mean square.
       batches_remembered: how many batches the running averages remember: the count of those that count, else 1 / (1 − momentum).
       mean_distance: d, root mean square.
       mean_distance_max: d, the largest.

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ... import nnx as jnx
 from ..._pipeline.marks import STATISTICS
 from .._layers import NORMS_NNX, RUNNING_NNX, is_state, nnx_norms, path_text
 from ._variables import check_prefix, of_variables
 
+_APART = (jnx.GhostBatchNorm, jnx.TrackedInstanceNorm)
 MOMENTUM = 0.9  # where none is told: of the usual ones that with the most noise in its averages
 
 
@@ -25,7 +27,8 @@ class Subject(NamedTuple):
     kinds: dict[str, str]
     epsilons: dict[str, float]
     momentums: dict[str, float | None]
-    called: list[str] = []  # the paths of modules, as a trace of the step calls them
+    called: Mapping[str, int] = {}  # the modules as a trace of the step calls them, and how many examples each gets
+    group_sizes: Mapping[str, int | None] = {}  # of those that do not normalize a whole batch together; None: each example by itself
     # The loss with the norms at some paths in training mode, and the state after it: where the modules are known.
     training_loss: Callable[[list[str]], Callable[[Any, Any], Any]] | None = None
 
@@ -38,6 +41,13 @@ class Subject(NamedTuple):
         known = momentum is not None and momentum < 1
         kept = min(max(momentum, 0.0), 1.0) if momentum is not None else MOMENTUM
         return 1 / (1 - momentum) if known and momentum is not None else None, (1 - kept) / (1 + kept)
+
+    def groups(self, path: str) -> int | None:
+        """How many parts of a batch are normalized by themselves, as far as that is known; None: it is each example."""
+        if path not in self.group_sizes:
+            return 1
+        size = self.group_sizes[path]
+        return None if size is None else max(-(-self.called.get(path, size) // size), 1)
 
 
 def of_tree(step: Any, state: Any, loss: Any, params: Any, epsilon: float, momentum: float | None) -> Subject:
@@ -102,7 +112,7 @@ def of_module(step: Any, model: nnx.Module, loss: Any, params: Any, epsilon: flo
         if isinstance(norm, classes):
             norm.use_running_average = False
 
-    called: list[str] = []
+    called: dict[str, int] = {}
 
     def training_loss(paths: list[str]) -> Callable[[Any, Any], Any]:
         some = nnx.clone(evaluating)
@@ -124,6 +134,7 @@ def of_module(step: Any, model: nnx.Module, loss: Any, params: Any, epsilon: flo
         {path: 0.0 if "std" in state[path] else float(getattr(norm, "epsilon", 0.0)) for path, norm in with_state.items()},
         {path: momentum if norm.momentum is None else float(norm.momentum) for path, norm in with_state.items()},
         called,
+        {path: getattr(norm, "group_size", None) for path, norm in norms.items() if isinstance(norm, _APART)},
         None if loss is None else training_loss,
     )
 
@@ -153,13 +164,14 @@ def _on_copy(function: Any, model: nnx.Module, returns: int | None = None) -> Ca
     return lambda state, batch: run(arrays, state, batch)
 
 
-def _noting(step: Any, called: list[str]) -> Any:
+def _noting(step: Any, called: dict[str, int]) -> Any:
     """The step of a copy, whose norms note their calls: of classes made here, which no cache of what the step compiles has seen."""
     made: dict[type, type] = {}
 
     def noting(cls: type) -> type:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            called.append(self.inspected_path)
+            shape = jnp.shape(args[0] if args else kwargs.get("x"))
+            called.setdefault(self.inspected_path, shape[0] if shape else 1)
             return cls.__call__(self, *args, **kwargs)
 
         return made.setdefault(cls, type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__}))
@@ -177,7 +189,7 @@ def in_order(subject: Subject, paths: list[str], batch: Any) -> list[str]:
     """As a step calls them, and then what it does not call; of a tree as they lie in it."""
     if subject.kinds:
         jax.eval_shape(subject.step, subject.state, batch)  # what is traced here is what runs
-    order = {path: i for i, path in enumerate(dict.fromkeys(subject.called))}
+    order = {path: i for i, path in enumerate(subject.called)}
     return sorted(paths, key=lambda path: order.get(path, len(order)))
 
 

@@ -97,9 +97,10 @@ def _cause(layer: LayerReport, signs: Signs) -> _Cause:
 def _noisy(layer: LayerReport, signs: Signs) -> Finding | None:
     if layer.noise is None or signs.noise <= NOISY or layer.frozen:
         return None
-    text = f"the mean of one batch is off by {layer.noise:.2f} standard deviations, as that of {1 / layer.noise**2:.1f} independent values"
+    part = "group" if layer.kind == "GhostBatchNorm" else "batch"
+    text = f"the mean of one {part} is off by {layer.noise:.2f} standard deviations, as that of {1 / layer.noise**2:.1f} independent values"
     if layer.samples is not None and layer.samples * layer.noise**2 > 4:
-        kind, text = "unlike batches", text + f", though a batch has {layer.samples:.0f}"
+        kind, text = "unlike batches", text + f", though a {part} has {layer.samples:.0f}"
         remedy = "shuffle, so that every batch has examples of all kinds; or more examples in a batch: axis_name, larger groups"
     else:
         kind = "few samples"
