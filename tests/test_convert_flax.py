@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import jnorm.nnx as jnx
+from jnorm import tools
 from jnorm.tools import convert
 from refusals import refuses
 
@@ -63,3 +64,32 @@ def test_what_does_not_fit():
         convert.load_flax(net(jnx), state)
     with refuses("the variables of Linen's classes are the same here", kind=TypeError):
         convert.load_flax({}, state)
+
+
+def test_a_live_model_gives_its_hyperparameters():
+    """A checkpoint has none: the model stays as it was built."""
+
+    def make(classes, **options):
+        return nnx.List([classes.BatchNorm(4, rngs=nnx.Rngs(0), **options), classes.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))])
+
+    theirs = make(nnx, epsilon=1e-2, momentum=0.8)
+    got = convert.load_flax(tools.freeze(make(jnx)), theirs)
+    assert (got[0].epsilon, got[0].momentum) == (1e-2, 0.8) and hasattr(got[0], "frozen_statistics")
+    assert convert.load_flax(make(jnx), nnx.state(theirs))[0].momentum == 0.99
+    theirs[1].num_groups = 4
+    with refuses("1: num_groups is 2 here, 4 there", "nnx.state(source)"):
+        convert.load_flax(make(jnx), theirs)
+
+
+def test_other_sources():
+    model = nnx.Dict({"a": nnx.Linear(2, 2, rngs=nnx.Rngs(0))})
+    with refuses("the path 'ckpt/'", "restore it", kind=TypeError):
+        convert.load_flax(model, "ckpt/")
+    with refuses("Linen's variables", kind=TypeError):
+        convert.load_flax(model, {"params": {"a": {"kernel": np.ones((2, 2))}}})
+    with refuses("weights_of_keras", "got dict; load_torch", kind=TypeError):
+        convert.load(model, {})
+    with refuses("'a' is not as in Haiku's trees", kind=TypeError):
+        convert.weights_of_haiku({"a": {"b": {"w": np.ones(2)}}})
+    with refuses("'a' is not as in Haiku's trees", kind=TypeError):
+        convert.weights_of_haiku({"a": np.ones(2)})

@@ -10,6 +10,7 @@ from flax import nnx
 
 import jnorm.linen as jnn
 import jnorm.nnx as jnx
+from jnorm import tools
 from jnorm.tools import convert
 from refusals import refuses
 
@@ -116,3 +117,17 @@ def test_transposed_convolutions_are_refused():
     with refuses("transposed convolutions of other libraries: c", "layers="):
         convert.load(model, convert.weights_of_haiku(params))
     assert convert.load(model, convert.weights_of_haiku(params), layers="d")["d"].kernel[0, 0] == 1
+
+
+def test_frozen_models():
+    """The marks are of jnorm alone, and stay."""
+    params, options = {"n": {"scale": np.full(3, 2.0), "offset": np.ones(3)}}, {"rename": {"^$": "n"}}
+    state = {f"n/~/{what}_ema": {"hidden": np.zeros(3), "average": np.zeros(3), "counter": np.int32(0)} for what in ("mean", "var")}
+    weights = convert.weights_of_haiku(params, state)
+    model = tools.freeze(nnx.Dict({"n": jnx.BatchNorm(3, track_count=True, rngs=rngs())}))
+    got = convert.load(model, weights)["n"]
+    assert got.scale[0] == 2 and hasattr(got, "frozen_statistics")
+    linen, x = jnn.BatchNorm(use_running_average=True, track_count=True), jnp.ones((2, 3))
+    variables = tools.freeze(linen.init(jax.random.key(0), x))
+    got = convert.load_linen(linen, variables, weights, x, **options)
+    assert got["params"]["scale"][0] == 2 and "frozen_statistics" in got["batch_stats"]

@@ -1,13 +1,18 @@
 """NNX models of Flax's classes, and their checkpoints, to the same models of jnorm's: where the variables are other ones."""
 
 import ast
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
+from ..._pipeline import marks
+from ._checks import problems_of
 from ._match import near, some
 from ._models import like
+from ._norm import KINDS, of_nnx
+from ._trees import NORMS, of_nnx_model
 
 Keys = tuple[Any, ...]
 
@@ -24,10 +29,11 @@ def load_flax(model: nnx.Module, source: Any) -> Any:
         such as ("kernel",) is a text, and a number too.
 
     Returns:
-      A new model. Variables other than `nnx.Param` and `nnx.BatchStat`, such as those of random keys, are the model's.
+      A new model. Epsilon and momentum of its norms are those of the source, where that is a model. Variables other than `nnx.Param`
+      and `nnx.BatchStat`, such as those of random keys, are the model's.
 
     Raises:
-      ValueError: variables that are missing or left over, shapes that do not fit: all told at once.
+      ValueError: variables that are missing or left over, shapes that do not fit: all told at once; a norm that does otherwise there.
 
     Example:
       >>> from flax import nnx
@@ -42,14 +48,41 @@ def load_flax(model: nnx.Module, source: Any) -> Any:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be an NNX module, got {type(model).__name__}: the variables of Linen's classes are the same here.")
+    _check_source(source)
     new = nnx.clone(model)
     mine = {_text(keys): (keys, variable) for keys, variable in nnx.to_flat_state(nnx.state(new))}
-    wanted = {path: entry for path, entry in mine.items() if isinstance(entry[1], nnx.Param | nnx.BatchStat)}
+    wanted = {path: entry for path, entry in mine.items() if _is_wanted(path, entry[1])}
     theirs = {_text(keys): value for keys, value in _leaves(nnx.state(source) if isinstance(source, nnx.Module) else source, ())}
     _check(wanted, set(mine), theirs)
     changed = {keys: variable.replace(like(theirs[path], variable.get_value())) for path, (keys, variable) in wanted.items()}
     nnx.update(new, nnx.from_flat_state(changed))
+    if isinstance(source, nnx.Module):
+        _set_norms(new, source)
     return new
+
+
+def _check_source(source: Any) -> None:
+    if isinstance(source, str | os.PathLike):
+        raise TypeError(f"source must be what is in a checkpoint, got the path {str(source)!r}: restore it without a target.")
+    if not isinstance(source, nnx.Module | Mapping | nnx.State):
+        raise TypeError(f"source must be an NNX module, its state, or what Orbax restores of it, got {type(source).__name__}.")
+    if isinstance(source, Mapping) and set(source) & {"params", "batch_stats"} and not set(source) - {"params", "batch_stats"}:
+        raise TypeError("source has the collections of Linen's variables: load_flax takes NNX models, and Linen's need no conversion.")
+
+
+def _is_wanted(path: str, variable: Any) -> bool:
+    """Marks of what is frozen are of jnorm alone."""
+    return isinstance(variable, nnx.Param | nnx.BatchStat) and path.rpartition("/")[2] not in marks.KEYS
+
+
+def _set_norms(model: nnx.Module, source: nnx.Module) -> None:
+    """A model has hyperparameters, which a checkpoint has not."""
+    theirs, problems = of_nnx_model(source).layers, []
+    for path, layer in of_nnx_model(model).layers.items():
+        if path in theirs and (kind := type(theirs[path].module).__name__) in KINDS and type(layer.module).__name__ in NORMS:
+            problems += [f"{path}: {problem}" for problem in problems_of(layer, of_nnx(theirs[path].module), kind, set_too=True)]
+    if problems:
+        raise ValueError(f"the model does not do what the source does: {some(problems)}. Build it so, or pass nnx.state(source).")
 
 
 def _leaves(node: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:

@@ -1,6 +1,7 @@
 """Trees of Haiku as weights by name."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ def weights_of_haiku(params: Tree, state: Tree | None = None) -> Weights:
       decay rate is its momentum when the debiased averages are taken over.
 
     Raises:
-      ValueError: trees that are empty; an average without the other.
+      ValueError: trees that are empty; weights of two modules that have one name.
+      TypeError: trees that are not Haiku's.
 
     Example:
       >>> import numpy as np
@@ -38,6 +40,9 @@ def weights_of_haiku(params: Tree, state: Tree | None = None) -> Weights:
       {'net.linear.kernel': (3, 4), 'net.linear.bias': (4,)}
     """
     weights = no_weights()
+    for module, entries in [*params.items(), *(state or {}).items()]:
+        if not isinstance(entries, Mapping) or any(isinstance(a, Mapping) for a in entries.values()):
+            raise TypeError(f"{module!r} is not as in Haiku's trees, which are {{module: {{name: array}}}}; those of Flax are none.")
     modules = set(params)
     for module, entries in params.items():
         name = _name(module, modules)

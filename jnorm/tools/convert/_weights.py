@@ -59,8 +59,9 @@ def load(
 
     Raises:
       ValueError: keys that are missing or left over, shapes that do not fit, all told at once; layers that there is no rule for; a norm
-        that does otherwise there; a debiased average that the norm here cannot go on with, which `track_count=True` lets it. For the
-        values alone pass `weights.without_options()`.
+        that does otherwise there; a debiased average that the norm here cannot go on with, which `track_count=True` lets it; another
+        number of heads. For the values alone pass `weights.without_options()`.
+      TypeError: weights of another source, such as those that :func:`load_torch` takes.
 
     Example:
       >>> import numpy as np
@@ -146,6 +147,11 @@ def _values(
     set_too: bool,
 ) -> dict[str, np.ndarray]:
     """The values of the model's variables, by path; hyperparameters are set, or compared."""
+    if not isinstance(weights, Weights):
+        raise TypeError(
+            f"weights must be of weights_of_keras, weights_of_haiku or weights_of_equinox, got {type(weights).__name__}; load_torch takes "
+            "a PyTorch module or its state dict."
+        )
     paths, shapes = selected(found, layers), dict(flattened or {})
     if transposed := [path for path in paths if path in found.layers and type(found.layers[path].module).__name__ == "ConvTranspose"]:
         raise ValueError(
