@@ -151,3 +151,74 @@ def test_attention_of_linen_by_itself(rng):
                 want = source(*(torch.tensor(np.asarray(a)) for a in arguments))[0].numpy()
             np.testing.assert_allclose(model.apply(variables, *arguments), want, atol=64 * 2**-24)
             assert convert.to_torch_linen(model, variables, *arguments).keys() == source.state_dict().keys()
+
+
+# --- Names, orders, parts ---------------------------------------------------------------------------------------------------------------
+
+
+def pair_of(rngs):
+    """Attributes whose alphabetical order is not that of their definition."""
+    return nnx.Dict(stem=nnx.Linear(3, 3, rngs=rngs), head=nnx.Linear(3, 3, rngs=rngs))
+
+
+def test_the_order_of_an_abstract_model():
+    source = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    with refuses('match="order" needs a model that is initialized'):
+        convert.load_torch(nnx.eval_shape(lambda: pair_of(nnx.Rngs(0))), source, match="order")
+    model = convert.load_torch(pair_of(RNGS), source, match="order")
+    np.testing.assert_array_equal(model["stem"].bias[...], source[0].bias.detach().numpy())
+
+
+def test_the_order_of_a_part():
+    """Of the model, the source being whole or not; of the source."""
+    model, state = pair_of(RNGS), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)).state_dict()
+    only_head = convert.load_torch(model, state, match="order", layers="head")
+    np.testing.assert_array_equal(only_head["head"].bias[...], state["1.bias"].numpy())
+    np.testing.assert_array_equal(only_head["stem"].bias[...], model["stem"].bias[...])
+    more = {**state, "fc.weight": torch.ones(7, 3), "fc.bias": torch.ones(7)}
+    whole = convert.load_torch(model, more, match="order", ignore=["fc.*"])
+    np.testing.assert_array_equal(whole["head"].bias[...], state["1.bias"].numpy())
+    part = convert.load_torch(model, more, match="order", ignore=["fc", "1"], layers="stem")
+    np.testing.assert_array_equal(part["stem"].bias[...], state["0.bias"].numpy())
+
+
+@pytest.mark.parametrize("ignore", ["fc", "fc.*", ["fc."], ("fc.weight", "fc.bias")])
+def test_what_is_ignored(ignore):
+    state = {**torch.nn.Linear(3, 3).state_dict(), "fc.weight": torch.ones(7, 3), "fc.bias": torch.ones(7)}
+    convert.load_torch(nnx.Linear(3, 3, rngs=RNGS), state, ignore=ignore)
+    with refuses("ignore='f' matches none of the keys"):
+        convert.load_torch(nnx.Linear(3, 3, rngs=RNGS), state, ignore="f")
+    with refuses("flattened='fc' matches none of the layers"):
+        convert.load_torch(nnx.Linear(3, 3, rngs=RNGS), state, ignore=ignore, flattened={"fc": (3, 1, 1)})
+
+
+def test_two_layers_of_one_name():
+    model, rename = pair_of(RNGS), {"stem|head": "fc"}
+    for call in (lambda: convert.to_torch(model, rename=rename), lambda: convert.load_torch(model, {}, rename=rename)):
+        with refuses("stem and head are both called 'fc.weight' there"):
+            call()
+    assert convert.to_torch(model, rename=rename, layers="head").keys() == {"fc.weight", "fc.bias"}
+
+
+def test_abstract_models_are_whole_or_refused():
+    source, make = torch.nn.Sequential(torch.nn.Linear(3, 3)), lambda: nnx.Dict(a=nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: nnx.Dict(a=nnx.Linear(3, 3, rngs=nnx.Rngs(0)), drop=nnx.Dropout(0.5, rngs=nnx.Rngs(0))))
+    with refuses("the model is abstract, and the source has no values for drop/rngs/count", "initialized"):
+        convert.load_torch(abstract, source, rename={"a": "0"})
+    abstract["drop"].rngs = nnx.Rngs(0)
+    convert.load_torch(abstract, source, rename={"a": "0"})
+    with refuses("no values for b/bias, b/kernel"):
+        convert.load_torch(nnx.eval_shape(lambda: nnx.Dict(a=make()["a"], b=make()["a"])), source, rename={"a": "0"}, layers="a")
+
+
+def test_flags_of_a_call():
+    """By position too they are what they are, not traced."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, scale, train):
+            return nn.Dense(3)(x) * (scale if train else 1)
+
+    model, x = Model(), jnp.ones((1, 3))
+    variables = model.init(jax.random.key(0), x, 2.0, False)
+    assert convert.to_torch_linen(model, variables, x, 2.0, False).keys() == {"Dense_0.weight", "Dense_0.bias"}

@@ -35,7 +35,7 @@ NORMS_NNX = (*RUNNING_NNX, *(getattr(jnx, name) for name in STATELESS), *(getatt
 NORMS_LINEN = (*(getattr(jnn, name) for name in (*RUNNING, *STATELESS)), *(getattr(nn, name) for name in _FLAX))
 
 
-def chosen(paths: Iterable[str], layers: Layers | None, what: str = "norms") -> list[str]:
+def chosen(paths: Iterable[str], layers: Layers | None, what: str = "norms", argument: str = "layers") -> list[str]:
     """Of the paths, written as "encoder/block_0/norm", those that `layers` asks for, in their order.
 
     Args:
@@ -43,6 +43,7 @@ def chosen(paths: Iterable[str], layers: Layers | None, what: str = "norms") -> 
       layers: a pattern, in which "*" stands for anything, of them or of what they lie under; several of them; a function from path to
         bool; or None, for all.
       what: what they are paths of, for the error.
+      argument: what `layers` is called there.
 
     Raises:
       ValueError: a pattern, or the function, matches nothing; the error lists what there is. Nothing is asked for.
@@ -55,7 +56,7 @@ def chosen(paths: Iterable[str], layers: Layers | None, what: str = "norms") -> 
     found = [{path for path in paths if (ask(path) if callable(ask) else _matches(path, ask))} for ask in asks]
     for ask, some in zip(asks, found, strict=True):
         if not some:
-            raise ValueError(f"layers={ask!r} matches none of the {what}: {', '.join(map(repr, paths)) or 'there are none'}.")
+            raise ValueError(f"{argument}={ask!r} matches none of the {what}: {', '.join(map(repr, paths)) or 'there are none'}.")
     return [path for path in paths if any(path in some for some in found)]
 
 
@@ -179,9 +180,20 @@ def called_norms(call: Callable[..., Any], *args: Any, classes: tuple[type, ...]
         with nn.intercept_methods(note):
             return call(*args)
 
-    with freshly_traced():
-        jax.eval_shape(run, *args)
+    trace(run, *args)
     return norms
+
+
+def trace(call: Callable[..., Any], *args: Any) -> None:
+    """Calls it and computes nothing: arrays are traced, and all else, such as a flag, is what it is."""
+    leaves, tree = jax.tree.flatten(args)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
+
+    def run(arrays: Mapping[int, Any]) -> Any:
+        return call(*tree.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    with freshly_traced():
+        jax.eval_shape(run, arrays)
 
 
 def freshly_traced() -> AbstractContextManager:

@@ -3,10 +3,13 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from .._layers import Layers, chosen
 from ._layouts import Entry, bare_entry, entries_of
@@ -46,7 +49,7 @@ def renamer(rename: Rename) -> Callable[[str], str]:
 def pairs_of(model: Model, name: Callable[[str], str], flattened: Mapping[str, tuple[int, ...]] | None) -> list[Pair]:
     shapes: dict[str, tuple[int, ...]] = {}
     for pattern, shape in (flattened or {}).items():
-        shapes |= {path: tuple(shape) for path in chosen(model.layers, pattern, "layers")}
+        shapes |= {path: tuple(shape) for path in chosen(model.layers, pattern, "layers", "flattened")}
     found = []
     for path, layer in model.layers.items():
         found += [Pair(path, entry, _keys(name(layer.name), entry)) for entry in entries_of(layer, model, shapes.get(path))]
@@ -54,6 +57,15 @@ def pairs_of(model: Model, name: Callable[[str], str], flattened: Mapping[str, t
         entry = bare_entry(path)
         found.append(Pair(path, entry, _keys(name(theirs), entry)))
     return found
+
+
+def check_names(pairs: list[Pair], paths: set[str]) -> None:
+    """A tensor of PyTorch's is that of one layer."""
+    owners: dict[str, str] = {}
+    for pair in pairs:
+        for key in pair.keys if pair.path in paths else ():
+            if (other := owners.setdefault(key, pair.path)) != pair.path:
+                raise ValueError(f"{told(other)} and {told(pair.path)} are both called {key!r} there; rename= has to tell them apart.")
 
 
 def _keys(prefix: str, entry: Entry) -> tuple[str, ...]:
@@ -76,14 +88,28 @@ def selected(model: Model, layers: Layers | None) -> set[str]:
 # --- By order -------------------------------------------------------------------------------------------------------------------------
 
 
-def names_by_order(model: Model, state: Mapping[str, Any], pairs: list[Pair], paths: set[str]) -> dict[str, str]:
-    """PyTorch's name for each of the layers, by the order of both. Parameters outside of layers go by their names."""
-    bare = {key for pair in pairs if pair.path in model.bare for key in pair.keys}
-    theirs = _groups(key for key in canonical_state(state) if key not in bare)
-    ours: dict[str, set[str]] = {}
+def names_by_order(
+    model: Model, state: Mapping[str, Any], pairs: list[Pair], paths: set[str], ignore: Iterable[str] = ()
+) -> dict[str, str]:
+    """PyTorch's name for each of the layers, by the order of both. Parameters outside of layers go by their names.
+
+    Where only some layers are asked for, the source has these alone, or all of them.
+    """
+    if any(isinstance(v, nnx.Variable) and isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in model.variables.values()):
+        raise ValueError(
+            'match="order" needs a model that is initialized: an abstract one has forgotten the order in which its layers were set; '
+            "name them with rename=."
+        )
+    state = canonical_state(state)
+    out = {key for pair in pairs if pair.path in model.bare for key in pair.keys} | ignored(state, ignore)
+    theirs = _groups(key for key in state if key not in out)
+    everything: dict[str, set[str]] = {}
     for pair in pairs:
-        if pair.path in model.layers and pair.path in paths and pair.entry.ours:
-            ours.setdefault(pair.path, set()).update(pair.entry.theirs)
+        if pair.path in model.layers and pair.entry.ours:
+            everything.setdefault(pair.path, set()).update(pair.entry.theirs)
+    ours = {path: names for path, names in everything.items() if path in paths}
+    if len(ours) != len(theirs) == len(everything):
+        ours = everything
     here, there = list(ours), list(theirs)
     wrong = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if not _alike(ours[a], theirs[b])), None)
     if wrong is not None or len(here) != len(there):
@@ -126,8 +152,7 @@ def read(model: Model, pairs: list[Pair], state: Mapping[str, Any], paths: set[s
       ValueError: keys that are missing or left over, shapes that do not fit: all of them at once.
     """
     state = canonical_state(state)
-    ignore = list(ignore)
-    skipped = set(chosen(state, ignore, "keys of the state dict")) if ignore else set()
+    skipped = ignored(state, ignore)
     values: dict[str, np.ndarray] = {}
     used: set[str] = set()
     missing: list[tuple[str, str]] = []
@@ -148,6 +173,17 @@ def read(model: Model, pairs: list[Pair], state: Mapping[str, Any], paths: set[s
     if missing or extra or wrong:
         raise ValueError(_misfits(missing, extra, wrong, state, pairs))
     return values
+
+
+def ignored(state: Mapping[str, Any], ignore: Iterable[str]) -> set[str]:
+    """The keys that the patterns stand for, or what they lie under."""
+    skipped: set[str] = set()
+    for pattern in [ignore] if isinstance(ignore, str) else ignore:
+        above = f"{pattern.rstrip('.')}.*"
+        if not (found := {key for key in state if fnmatchcase(key, pattern) or fnmatchcase(key, above)}):
+            raise ValueError(f"ignore={pattern!r} matches none of the keys of the source: {some(list(map(repr, state)))}.")
+        skipped |= found
+    return skipped
 
 
 def _tensors(pair: Pair, state: Mapping[str, Any]) -> tuple[list[np.ndarray], set[str], list[str]]:
@@ -194,7 +230,7 @@ def _tied(state: Mapping[str, Any], key: str, used: set[str]) -> bool:
 
 def _misfits(missing: list, extra: list[str], wrong: list[str], state: Mapping[str, Any], pairs: list[Pair]) -> str:
     wanted = [key for pair in pairs for key in pair.keys]
-    lines = ["the state dict does not fit the model."]
+    lines = ["the source does not fit the model."]
     if missing:
         lines.append(f"Missing: {some(missing, lambda pair: f'{pair[0]!r} (of {told(pair[1])}{near(pair[0], extra)})')}.")
     if extra:

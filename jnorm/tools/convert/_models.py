@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
-from .._layers import Layers
+from .._layers import Layers, path_text
 from ._checks import compare, set_norms
-from ._match import MatchBy, Pair, Rename, names_by_order, pairs_of, read, renamer, selected
+from ._match import MatchBy, Pair, Rename, check_names, names_by_order, pairs_of, read, renamer, selected, some
 from ._torch import tensor_of
 from ._trees import Model, at, of_linen_model, of_nnx_model
 
@@ -42,7 +42,7 @@ def load_torch(
       rename: what the layers are called there: a dict of regular expressions and what to put in their place, one after the other; or a
         function. Of paths such as "layer1/0/conv1", in which the "layers" of an `nnx.Sequential` is left out, as in PyTorch.
       match: "name", or "order": the layers of both in the order of their definition. A copy of an NNX model (`nnx.clone`, `nnx.merge`)
-        and an abstract one have forgotten that order.
+        has forgotten that order: two of its layers that have the same shapes may be exchanged. An abstract one is refused.
       layers: only these, by path; see :func:`jnorm.tools.recalibrate`.
       ignore: patterns of keys of the source that are left.
       flattened: paths of dense layers and norms whose features were flattened from (C, H, W) there, and are flattened from
@@ -52,8 +52,9 @@ def load_torch(
       A new model.
 
     Raises:
-      ValueError: keys that are missing or left over, shapes that do not fit, all told at once; layers that there is no rule for; what a
-        module does that the model cannot do. To leave that, pass the module's `state_dict()`.
+      ValueError: keys that are missing or left over, shapes that do not fit, all told at once; layers that there is no rule for; two
+        layers of one name; what a module does that the model cannot do (to leave that, pass the module's `state_dict()`); variables of an
+        abstract model that the source has no values for.
 
     Numerics:
       Values are cast to the dtypes that the model has. Weight normalization of the source becomes a plain weight where the model has no
@@ -78,13 +79,16 @@ def load_torch(
     # The modules of the copy, which may be changed.
     keys = {id(module): keys for keys, module in nnx.iter_modules(model)}
     found = found._replace(layers={p: layer._replace(module=at(new, keys[id(layer.module)])) for p, layer in found.layers.items()})
-    state, name = _state_and_names(found, source, rename, match, paths, flattened)
+    state, name = _state_and_names(found, source, rename, match, paths, flattened, ignore)
     if _is_module(source):
         set_norms(found, source, name, paths)
-    values = read(found, pairs_of(found, name, flattened), state, paths, ignore)
+    pairs = pairs_of(found, name, flattened)
+    check_names(pairs, paths)
+    values = read(found, pairs, state, paths, ignore)
     for path, value in values.items():
         variable = at(new, found.keys[path])
         variable.set_value(like(value, variable.get_value()))
+    check_whole(nnx.to_pure_dict(nnx.state(new)))
     return new
 
 
@@ -133,17 +137,21 @@ def load_torch_linen(
     """
     found = of_linen_model(model, variables, args, kwargs)
     paths = selected(found, layers)
-    state, name = _state_and_names(found, source, rename, match, paths, flattened)
+    state, name = _state_and_names(found, source, rename, match, paths, flattened, ignore)
     if _is_module(source):
         compare(found, source, name, paths)
-    values = read(found, pairs_of(found, name, flattened), state, paths, ignore)
+    pairs = pairs_of(found, name, flattened)
+    check_names(pairs, paths)
+    values = read(found, pairs, state, paths, ignore)
     by_keys = {found.keys[path]: value for path, value in values.items()}
 
     def one(path: Any, leaf: Any) -> Any:
         keys = tuple(getattr(entry, "key", None) for entry in path)
         return meta.replace_boxed(leaf, like(by_keys[keys], meta.unbox(leaf))) if keys in by_keys else leaf
 
-    return jax.tree_util.tree_map_with_path(one, variables, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+    new = jax.tree_util.tree_map_with_path(one, variables, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+    check_whole(new)
+    return new
 
 
 def to_torch(
@@ -215,7 +223,9 @@ def to_torch_linen(
 
 def _written(found: Model, rename: Rename, layers: Layers | None, flattened: Flattenings | None) -> dict[str, Any]:
     paths, state = selected(found, layers), {}
-    for pair in pairs_of(found, renamer(rename), flattened):
+    pairs = pairs_of(found, renamer(rename), flattened)
+    check_names(pairs, paths)
+    for pair in pairs:
         if pair.path in paths:
             state |= _tensors_of(found, pair)
     return state
@@ -231,7 +241,7 @@ def _is_module(source: Any) -> bool:
 
 
 def _state_and_names(
-    found: Model, source: Any, rename: Rename, match: MatchBy, paths: set[str], flattened: Flattenings | None
+    found: Model, source: Any, rename: Rename, match: MatchBy, paths: set[str], flattened: Flattenings | None, ignore: Iterable[str]
 ) -> tuple[Mapping[str, Any], Callable[[str], str]]:
     state = source.state_dict() if _is_module(source) else source
     if not isinstance(state, Mapping):
@@ -242,8 +252,18 @@ def _state_and_names(
         return state, renamer(rename)
     if rename is not None:
         raise ValueError('match="order" asks for no names: leave rename out.')
-    names = names_by_order(found, state, pairs_of(found, renamer(None), flattened), paths)
+    names = names_by_order(found, state, pairs_of(found, renamer(None), flattened), paths, ignore)
     return state, lambda path: names.get(path, path.replace("/", "."))
+
+
+def check_whole(tree: Any) -> None:
+    """That what was abstract has all of its values now."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if left := [path_text(path) for path, leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]:
+        raise ValueError(
+            f"the model is abstract, and the source has no values for {some(left)}. Give a model that is initialized, or set these before, "
+            "such as a dropout's rngs = nnx.Rngs(0)."
+        )
 
 
 def like(value: np.ndarray, old: Any) -> jax.Array:

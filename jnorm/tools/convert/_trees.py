@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from flax.core import meta
 
-from .._layers import freshly_traced
+from .._layers import trace
 from ._norm import KINDS
 
 NORMS = (*KINDS, "AddLayerNorm", "AddRMSNorm")
@@ -188,8 +188,7 @@ def of_linen_model(model: nn.Module, variables: Mapping[str, Any], args: tuple, 
         with nn.intercept_methods(note):
             return model.apply(variables, *args, mutable=True, **kwargs)
 
-    with freshly_traced():
-        jax.eval_shape(run, variables, args)
+    trace(run, variables, args)
     for path, leaf in jax.tree_util.tree_leaves_with_path(
         {k: meta.unbox(variables[k]) for k in ("params", "batch_stats") if k in variables}
     ):
