@@ -70,7 +70,7 @@ def test_a_part_of_a_model():
         convert.load_torch(model, state)
     with refuses("Not in the model: 'head.weight'"):
         convert.load_torch(model, state, layers=["conv", "norm"])
-    with refuses("'tail.*' matches none of the keys of the state dict", "head.weight"):
+    with refuses("'tail.*' matches none of the keys of the source", "head.weight"):
         convert.load_torch(model, state, ignore=["tail.*"])
     with refuses("'dens' matches none of the layers", "'conv', 'norm', 'dense'"):
         convert.load_torch(model, state, layers="dens")
@@ -262,7 +262,12 @@ def test_a_scale_alone():
     module = convert.as_torch(norm)
     assert module.momentum == 0.25 and module.weight.requires_grad and not module.bias.requires_grad
     assert module.bias.tolist() == [0, 0, 0]
-    assert convert.as_torch(dataclasses.replace(norm, scale=np.ones(3, jnp.bfloat16))).weight.dtype == torch.bfloat16
+    narrow = convert.as_torch(dataclasses.replace(norm, scale=np.ones(3, jnp.bfloat16), var=np.full(3, 1.01, np.float32)))
+    # PyTorch has one dtype for all, and none of the statistics may be rounded.
+    assert narrow.weight.dtype == narrow.running_var.dtype == torch.float32 and narrow.running_var[0] == np.float32(1.01)
+    assert narrow(torch.ones(2, 3, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    alone = convert.Norm(kind="LayerNorm", shape=(3,), scale=np.ones(3, jnp.bfloat16))
+    assert convert.as_torch(alone).weight.dtype == torch.bfloat16
 
 
 def test_norms_that_cannot_be():
@@ -271,6 +276,8 @@ def test_norms_that_cannot_be():
         ({"scale": np.ones(2)}, "scale of a BatchNorm of features (3,) has the shape (2,)"),
         ({"mean": None}, "mean or var is None"),
         ({"momentum": None}, "needs a count"),
+        ({"feature_axes": (1, 2)}, "a size for each of the feature axes (1, 2), got (3,)"),
+        ({"kind": "GroupNorm"}, "needs num_groups"),
     ):
         with refuses(told):
             dataclasses.replace(NORM, **options)
