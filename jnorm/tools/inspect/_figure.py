@@ -116,4 +116,5 @@ def _title(report: Report) -> str:
     if report.losses is None:
         return title
     running, pooled, own = report.losses.means
-    return f"{title}: the loss is {running:.3g} in evaluation, {pooled:.3g} when recalibrated, {own:.3g} with each batch's own"
+    third = "in training mode" if report.losses.as_in_training else "with each batch's own"
+    return f"{title}: the loss is {running:.3g} in evaluation, {pooled:.3g} when recalibrated, {own:.3g} {third}"

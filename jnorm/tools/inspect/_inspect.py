@@ -41,7 +41,8 @@ def inspect_norms(
     With a loss, three kinds of statistics take each other's place in evaluation: the running ones, those of all batches, and each batch's
     own. Those are what batch norm trains with; of NNX models the third loss is with the norms in training mode, so that it is what training
     does, whatever they normalize with there. Of a state that is not known: ghost, cross mini-batch and cross-iteration batch norm, batch
-    renorm and tracked instance norm train with something else than the mean and variance of the batch. And those of one layer alone: to have them of the batches, where all others are the running ones;
+    renorm and tracked instance norm train with something else than the mean and variance of the batch.
+    And those of one layer alone: to have them of the batches, where all others are the running ones;
     and to have the running ones, where all others are of the batches.
 
     Args:
@@ -50,7 +51,8 @@ def inspect_norms(
         but for the norms, so that dropout is off.
       state: any tree with states of running statistics in it: of pure functions, or the collection "batch_stats" of Linen. Or an NNX
         model.
-      batches: a few, or a function that gives an iterable of them; all are kept in memory. Of training data, they tell whether the statistics fit the network; of evaluation data,
+      batches: a few, or a function that gives an iterable of them; all are kept in memory. Of training data,
+        they tell whether the statistics fit the network; of evaluation data,
         whether they fit these data too.
       loss: `loss(state, batch)` is the loss of the model in evaluation mode with the statistics of that state, a scalar. For an NNX model
         `loss(model, batch)`, run on a copy in evaluation mode. None: no sensitivities.
@@ -95,7 +97,8 @@ def inspect_norms(
     make = of_module if isinstance(state, nnx.Module) else of_tree
     subject = make(step, state, loss, params, epsilon, momentum)
     paths = chosen(subject.paths, layers)
-    kept = list(batches() if callable(batches) and not hasattr(batches, "__iter__") else batches)
+    items: Any = batches() if callable(batches) and not hasattr(batches, "__iter__") else batches
+    kept = list(items)
     if not kept:
         raise ValueError("there are no batches, and so no statistics. An iterator that an earlier loop used up has none left.")
     if subject.loss is not None:

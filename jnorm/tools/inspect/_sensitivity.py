@@ -68,7 +68,9 @@ def check_loss(subject: Subject, batch: Any) -> None:
         got = f"a {type(result).__name__} of {len(jax.tree.leaves(result))} arrays"
         raise ValueError(f"the loss must be a scalar, got {got}; if it has auxiliary outputs, return its first alone.")
     if result.shape != () or jnp.issubdtype(result.dtype, jnp.complexfloating):
-        raise ValueError(f"the loss must be a real scalar, got {result.dtype} of shape {result.shape}; a mean over the batch, for instance.")
+        raise ValueError(
+            f"the loss must be a real scalar, got {result.dtype} of shape {result.shape}; a mean over the batch, for instance."
+        )
 
 
 def _with(state: Any, values: Mapping[str, Values]) -> Any:

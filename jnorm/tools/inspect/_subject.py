@@ -144,7 +144,10 @@ def entries_of(norm: Any) -> dict[str, Any]:
 
 
 def _on_copy(function: Any, model: nnx.Module, returns: int | None = None) -> Callable[[Any, Any], Any]:
-    """As a function of a tree of states and a batch, to the result and the state after it, or to one of them. The other arrays are arguments: as constants they would be compiled in."""
+    """As a function of a tree of states and a batch, to the result and the state after it, or to one of them.
+
+    The other arrays are arguments: as constants they would be compiled in.
+    """
     definition, arrays = nnx.split(model)
 
     @jax.jit
@@ -170,7 +173,7 @@ def _noting(step: Any, called: dict[str, int]) -> Any:
 
     def noting(cls: type) -> type:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            shape = jnp.shape(args[0] if args else kwargs.get("x"))
+            shape = jnp.shape((*args, *kwargs.values())[0])
             called.setdefault(self.inspected_path, shape[0] if shape else 1)
             return cls.__call__(self, *args, **kwargs)
 

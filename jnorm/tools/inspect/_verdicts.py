@@ -39,7 +39,9 @@ def _no_numbers(layer: LayerReport) -> list[Finding]:
         found.append(Finding("not finite", text, f"{RECALIBRATE}; a batch in training had an infinite value, or the loss diverged"))
     if layer.not_finite_scale:
         text = f"the scale of {_of(layer.not_finite_scale, layer)} is NaN or infinite"
-        found.append(Finding("not finite", text, "take parameters from before: the loss diverged; a smaller learning rate, clipped gradients"))
+        found.append(
+            Finding("not finite", text, "take parameters from before: the loss diverged; a smaller learning rate, clipped gradients")
+        )
     if layer.not_finite_input:
         text = f"the input of {_of(layer.not_finite_input, layer)} has NaN or infinite values in these batches"
         found.append(Finding("not finite input", text, "look at the first norm that has this: at the data, or at the layers before it"))
