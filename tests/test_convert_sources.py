@@ -131,3 +131,13 @@ def test_frozen_models():
     variables = tools.freeze(linen.init(jax.random.key(0), x))
     got = convert.load_linen(linen, variables, weights, x, **options)
     assert got["params"]["scale"][0] == 2 and "frozen_statistics" in got["batch_stats"]
+
+
+def test_order_of_a_part_and_names_of_two():
+    params = {name: {"w": np.full((2, 2), i), "b": np.ones(2)} for i, name in enumerate(("one", "two", "head"))}
+    weights = convert.weights_of_haiku(params)
+    model = nnx.Dict({"a": nnx.Linear(2, 2, rngs=rngs()), "b": nnx.Linear(2, 2, rngs=rngs())})
+    got = convert.load(model, weights, match="order", ignore=["head.*"])
+    assert (got["a"].kernel[0, 0], got["b"].kernel[0, 0]) == (0, 1)
+    with refuses("a and b are both called 'one.kernel' there"):
+        convert.load(model, weights, rename=lambda path: "one")

@@ -16,7 +16,7 @@ from .._layers import Layers
 from ._checks import problems_of
 from ._entries import check_flattened, pairs_with
 from ._haiku import check_debiased, count_of
-from ._match import MatchBy, Rename, names_by_order, read, renamer, selected, some
+from ._match import MatchBy, Rename, check_names, names_by_order, read, renamer, selected, some
 from ._models import like
 from ._source import Weights, dotted
 from ._trees import NORMS, Layer, Model, at, join, of_linen_model, of_nnx_model
@@ -152,6 +152,7 @@ def _values(
             f"weights must be of weights_of_keras, weights_of_haiku or weights_of_equinox, got {type(weights).__name__}; load_torch takes "
             "a PyTorch module or its state dict."
         )
+    ignore = list(ignore)
     paths, shapes = selected(found, layers), dict(flattened or {})
     if transposed := [path for path in paths if path in found.layers and type(found.layers[path].module).__name__ == "ConvTranspose"]:
         raise ValueError(
@@ -165,10 +166,13 @@ def _values(
         raise ValueError('match="order" asks for no names: leave rename out.')
     name: Callable[[str], str] = renamer(rename)
     if match == "order":
-        by_order = names_by_order(found, _without_beside(weights, set()), pairs_with(found, weights, name, shapes), paths)
+        pairs = pairs_with(found, weights, name, shapes)
+        by_order = names_by_order(found, _without_beside(weights, set()), pairs, paths, ignore)
         name = functools.partial(_by_order, by_order)
     wrapped = {name(layer.name) for layer in found.layers.values() if layer.wrapper is not None}
-    values = read(found, pairs_with(found, weights, name, shapes), _without_beside(weights, wrapped), paths, ignore)
+    pairs = pairs_with(found, weights, name, shapes)
+    check_names(pairs, paths)
+    values = read(found, pairs, _without_beside(weights, wrapped), paths, ignore)
     problems: list[str] = []
     for path, layer in found.layers.items():
         heads = weights.heads.get(name(layer.name))
