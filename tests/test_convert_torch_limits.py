@@ -222,3 +222,30 @@ def test_flags_of_a_call():
     model, x = Model(), jnp.ones((1, 3))
     variables = model.init(jax.random.key(0), x, 2.0, False)
     assert convert.to_torch_linen(model, variables, x, 2.0, False).keys() == {"Dense_0.weight", "Dense_0.bias"}
+
+
+def test_what_a_call_does_not_use():
+    """Without its layer nothing says in which layout a kernel is there."""
+
+    class Model(nn.Module):
+        def setup(self):
+            self.one, self.other = nn.Dense(3), nn.Dense(3)
+
+        def __call__(self, x):
+            return self.one(x)
+
+        def both(self, x):
+            return self.other(self.one(x))
+
+    model, x = Model(), jnp.ones((1, 3))
+    variables = model.init(jax.random.key(0), x, method="both")
+    with refuses("other/kernel (of a layer that the call does not use)"):
+        convert.to_torch_linen(model, variables, x)
+
+
+def test_variables_of_a_whole_model():
+    model, x = nn.Sequential([nn.Dense(3), nn.LayerNorm()]), jnp.ones((1, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    with refuses("LayerNorm has use_scale=True, but its own variables", "layers_0"):
+        convert.of_linen(model.layers[1], variables)
+    assert convert.of_linen(model.layers[1], {"params": variables["params"]["layers_1"]}).shape == (3,)

@@ -72,6 +72,10 @@ class Norm:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {list(KINDS)}, got {self.kind!r}.")
+        if len(self.shape) != len(self.feature_axes):
+            raise ValueError(f"shape has a size for each of the feature axes {self.feature_axes}, got {self.shape}.")
+        if self.kind == "GroupNorm" and self.num_groups is None:
+            raise ValueError("a GroupNorm needs num_groups.")
         for name in ("scale", "bias", "mean", "var"):
             got = getattr(self, name)
             if got is not None and np.shape(got) != self.shape:
@@ -195,6 +199,11 @@ def of_linen(module: Any, variables: Mapping[str, Any]) -> Norm:
       (3,)
     """
     entries = {**meta.unbox(variables.get("params", {})), **meta.unbox(variables.get("batch_stats", {}))}
+    for name in ("scale", "bias"):
+        if bool(wanted := getattr(module, f"use_{name}", False)) != (name in entries):
+            raise ValueError(
+                f"{type(module).__name__} has use_{name}={wanted}, but its own variables, as needed here, are {list(entries)}."
+            )
     return _of_module(module, lambda name: _host(entries.get(name)))
 
 

@@ -1,5 +1,6 @@
 """PyTorch's norms, one at a time, and its tensors."""
 
+import functools
 import importlib
 import re
 from collections.abc import Mapping
@@ -188,7 +189,7 @@ def as_torch(norm: Norm, spatial: int = 2) -> Any:
 
     Returns:
       The module, in training mode. Where the norm has one of scale and bias, and PyTorch's class both or none, the other is 1 or 0 and
-      takes no gradient.
+      takes no gradient. Parameters and statistics have the wider of their dtypes, as PyTorch needs one for all.
 
     Raises:
       ValueError: what PyTorch's class cannot do: a biased running variance, a debiased average, a fused activation, other axes. The error
@@ -207,7 +208,8 @@ def as_torch(norm: Norm, spatial: int = 2) -> Any:
         raise ValueError("PyTorch's norms have no activation: put it after, and pass dataclasses.replace(norm, activation=None).")
     _check_axes(norm, spatial)
     has = norm.scale is not None or norm.bias is not None
-    dtypes = [a.dtype for a in (norm.scale, norm.bias) if a is not None]
+    # All have one dtype there. That of the statistics is the wider one as a rule, in which PyTorch takes x of bfloat16 too.
+    dtypes = [a.dtype for a in (norm.scale, norm.bias, norm.mean, norm.var) if a is not None]
     options: dict[str, Any] = {"eps": norm.epsilon}
     channels, dims = norm.shape[0], f"{max(spatial, 1)}d"
     if norm.runs:
@@ -222,7 +224,7 @@ def as_torch(norm: Norm, spatial: int = 2) -> Any:
         extra = {"bias": norm.bias is not None} if norm.kind == "LayerNorm" and has else {}
         module = getattr(torch.nn, norm.kind)(norm.shape, elementwise_affine=has, **extra, **options)
     _fill(module, norm)
-    return module.to(tensor_of(np.zeros((), dtypes[0])).dtype) if dtypes else module
+    return module.to(tensor_of(np.zeros((), functools.reduce(np.promote_types, dtypes))).dtype) if dtypes else module
 
 
 def _is_over_batch(norm: Norm) -> bool:

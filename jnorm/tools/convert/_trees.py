@@ -174,9 +174,11 @@ def of_linen_model(model: nn.Module, variables: Mapping[str, Any], args: tuple, 
     found = Model({}, {}, {}, {}, {})
     calls: dict[tuple[str, ...], Any] = {}
     wrappers: list[tuple[tuple[str, ...], Any]] = []
+    entered: set[str] = set()
 
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module, kind = context.module, type(context.module).__name__
+        entered.add(text(module.path))
         if context.method_name == "__call__" and type(module).__module__.startswith(("flax.linen", "jnorm.linen")):
             if kind in WRAPPERS:
                 wrappers.append((module.path, module.clone(parent=None)))
@@ -196,6 +198,9 @@ def of_linen_model(model: nn.Module, variables: Mapping[str, Any], args: tuple, 
         found.variables[text(keys[1:])] = leaf
         found.keys[text(keys[1:])] = keys
     _sort_calls(calls, wrappers, found)
+    for path in [p for p in found.bare if p.rpartition("/")[2] == "kernel" and p.rpartition("/")[0] not in entered]:
+        del found.bare[path]  # in which layout other libraries have it only its layer says
+        found.unknown[path] = "of a layer that the call does not use"
     return found
 
 
