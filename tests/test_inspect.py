@@ -438,7 +438,7 @@ def test_the_verdict_of_losses(rng):
 
 @pytest.mark.parametrize("api", ["nnx", pytest.param("linen", marks=pytest.mark.slow)])
 def test_resnet(api, rng, compilations):
-    """Two programs, however many layers and losses there are."""
+    """Two or three programs, however many layers and losses there are."""
     images = [jnp.asarray(rng.normal(size=(8, 8, 8, 3)), jnp.float32) for _ in range(2)]
     labels = jnp.arange(8) % models.CLASSES
     cross_entropy = lambda logits: -jax.nn.log_softmax(logits)[jnp.arange(8), labels].mean()  # noqa: E731

@@ -49,7 +49,7 @@ def inspect_norms(
       step: `step(state, batch) -> state` as for :func:`jnorm.tools.recalibrate`: the model in training mode. With dropout off, which
         evaluation is without. For an NNX model `step(model, batch)`, whose result is not looked at; it is run on a copy in evaluation mode,
         but for the norms, so that dropout is off.
-      state: any tree with states of running statistics in it: of pure functions, or the collection "batch_stats" of Linen. Or an NNX
+      state: any tree with states of running statistics in it: of pure functions, or "batch_stats" or all variables of Linen. Or an NNX
         model.
       batches: a few, or a function that gives an iterable of them; all are kept in memory. Of training data,
         they tell whether the statistics fit the network; of evaluation data,
