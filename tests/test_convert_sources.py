@@ -99,6 +99,8 @@ def test_heads_are_compared(eqx):
     model = nnx.Dict({"a": nnx.eval_shape(lambda: nnx.MultiHeadAttention(2, 8, use_bias=False, decode=False, rngs=rngs()))})
     with refuses("a: 2 heads here, 4 there"):
         convert.load(model, weights)
+    with refuses("the model itself: 2 heads here, 4 there"):
+        convert.load(model["a"], weights, rename={"^": "a/"})
     convert.load(model, weights.without_options())
 
 

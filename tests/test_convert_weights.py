@@ -164,7 +164,7 @@ def test_haiku_refusals(haiku):
         convert.load(slower, weights)
     with refuses("layers='nothing'", "'attention'", "'conv'"):
         convert.load(net(), weights, layers="nothing")
-    with refuses("flattened has ['nothing']", "conv"):
+    with refuses("flattened='nothing' matches none of the layers", "'conv'"):
         convert.load(net(), weights, flattened={"nothing": (2, 2)})
     with refuses("no arrays"):
         convert.weights_of_haiku({})

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ..._pipeline import marks
+from .._layers import chosen
 from ._layouts import Arrays, Entry, bare_entry
-from ._match import Pair, some
+from ._match import Pair
 from ._source import Weights, dotted, squeezed
 from ._trees import ATTENTION, DENSE, NORMS, Layer, Model, join
 
@@ -25,12 +26,15 @@ def pairs_with(found: Model, weights: Weights, name: Callable[[str], str], flatt
     return pairs
 
 
-def check_flattened(found: Model, flattened: Mapping[str, tuple[int, ...]]) -> None:
-    if unknown := set(flattened) - set(found.layers):
-        raise ValueError(f"flattened has {sorted(unknown)}, but the layers are {some(list(found.layers))}.")
-    for path in flattened:
+def shapes_of(found: Model, flattened: Mapping[str, tuple[int, ...]] | None) -> dict[str, tuple[int, ...]]:
+    """By path of a layer, which are patterns in what was given."""
+    shapes = {
+        path: tuple(shape) for pattern, shape in (flattened or {}).items() for path in chosen(found.layers, pattern, "layers", "flattened")
+    }
+    for path in shapes:
         if (kind := type(found.layers[path].module).__name__) not in (*DENSE, *NORMS):
             raise ValueError(f"flattened has {path!r} ({kind}): it is for the features of dense layers and norms.")
+    return shapes
 
 
 def _owned(found: Model, layer: Layer) -> list[tuple[str, tuple[int, ...]]]:

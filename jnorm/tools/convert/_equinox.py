@@ -220,7 +220,7 @@ def _walk(weights: Weights, node: Any, name: str, state: Any, channels_last: boo
         try:
             note_norm(weights, name, of_equinox(node, state, channels_last=channels_last))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{name or 'the model itself'}: {error}") from None
     elif own and kind in ("WeightNorm", "SpectralNorm") and node.weight_name == "weight":
         _wrapped(weights, node, name, state)
     elif own and kind == "MultiheadAttention":

@@ -9,7 +9,7 @@ from flax import nnx
 
 from ..._pipeline import marks
 from ._checks import problems_of
-from ._match import near, some
+from ._match import near, some, told
 from ._models import like
 from ._norm import KINDS, of_nnx
 from ._trees import NORMS, of_nnx_model
@@ -80,7 +80,7 @@ def _set_norms(model: nnx.Module, source: nnx.Module) -> None:
     theirs, problems = of_nnx_model(source).layers, []
     for path, layer in of_nnx_model(model).layers.items():
         if path in theirs and (kind := type(theirs[path].module).__name__) in KINDS and type(layer.module).__name__ in NORMS:
-            problems += [f"{path}: {problem}" for problem in problems_of(layer, of_nnx(theirs[path].module), kind, set_too=True)]
+            problems += [f"{told(path)}: {problem}" for problem in problems_of(layer, of_nnx(theirs[path].module), kind, set_too=True)]
     if problems:
         raise ValueError(f"the model does not do what the source does: {some(problems)}. Build it so, or pass nnx.state(source).")
 

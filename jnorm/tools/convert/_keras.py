@@ -202,6 +202,8 @@ def weights_of_keras(model: Any) -> Weights:
       >>> sorted(convert.weights_of_keras(model).values)
       ['norm.bias', 'norm.scale', 'up.bias', 'up.kernel']
     """
+    if not isinstance(model, import_keras().layers.Layer):
+        raise TypeError(f"model must be a model or layer of Keras, got {type(model).__name__}.")
     weights = no_weights()
     single = type(model).__name__ in (*_NAMES, "SpectralNormalization", "MultiHeadAttention") or not _inner(model)
     for layer in [model] if single else _inner(model):

@@ -14,9 +14,9 @@ from flax.core import meta
 
 from .._layers import Layers
 from ._checks import problems_of
-from ._entries import check_flattened, pairs_with
+from ._entries import pairs_with, shapes_of
 from ._haiku import check_debiased, count_of
-from ._match import MatchBy, Rename, check_names, names_by_order, read, renamer, selected, some
+from ._match import MatchBy, Rename, check_names, names_by_order, read, renamer, selected, some, told
 from ._models import like
 from ._source import Weights, dotted
 from ._trees import NORMS, Layer, Model, at, join, of_linen_model, of_nnx_model
@@ -153,18 +153,23 @@ def _values(
             "a PyTorch module or its state dict."
         )
     ignore = list(ignore)
-    paths, shapes = selected(found, layers), dict(flattened or {})
-    if transposed := [path for path in paths if path in found.layers and type(found.layers[path].module).__name__ == "ConvTranspose"]:
+    paths, shapes = selected(found, layers), shapes_of(found, flattened)
+    kinds = {path: type(layer.module).__name__ for path, layer in found.layers.items() if path in paths}
+    if transposed := [path for path, kind in kinds.items() if kind == "ConvTranspose"]:
         raise ValueError(
-            f"there is no rule for transposed convolutions of other libraries: {some(sorted(transposed))}; leave them out with layers=, a "
+            f"there is no rule for transposed convolutions of other libraries: {some(transposed, told)}; leave them out with layers=, a "
             "function that is False for their paths, and set them yourself."
         )
-    check_flattened(found, shapes)
     if match not in ("name", "order"):
         raise ValueError(f'match must be "name" or "order", got {match!r}.')
     if match == "order" and rename is not None:
         raise ValueError('match="order" asks for no names: leave rename out.')
-    name: Callable[[str], str] = renamer(rename)
+    given = renamer(rename)
+
+    def by_name(path: str) -> str:
+        return given(path).strip(".")  # the model itself is a layer of the path ""
+
+    name: Callable[[str], str] = by_name
     if match == "order":
         pairs = pairs_with(found, weights, name, shapes)
         by_order = names_by_order(found, _without_beside(weights, set()), pairs, paths, ignore)
@@ -177,10 +182,10 @@ def _values(
     for path, layer in found.layers.items():
         heads = weights.heads.get(name(layer.name))
         if path in paths and heads is not None and heads != (ours := getattr(layer.module, "num_heads", heads)):
-            problems.append(f"{path}: {ours} heads here, {heads} there")
+            problems.append(f"{told(path)}: {ours} heads here, {heads} there")
         if path in paths and type(layer.module).__name__ in NORMS:
-            told, count = _options_of(layer, weights, name(layer.name), set_too)
-            problems += [f"{path}: {problem}" for problem in told]
+            wrong, count = _options_of(layer, weights, name(layer.name), set_too)
+            problems += [f"{told(path)}: {problem}" for problem in wrong]
             if count is not None and (at_path := join(layer.prefix, "count")) in found.variables:
                 values[at_path] = np.asarray(count, np.float32)
     if problems:
@@ -213,8 +218,8 @@ def _options_of(layer: Layer, weights: Weights, name: str, set_too: bool) -> tup
     if norm is not None:
         if type(module).__name__ == "InstanceNorm" and norm.kind == "GroupNorm" and norm.num_groups == math.prod(norm.shape):
             norm = dataclasses.replace(norm, kind="InstanceNorm", num_groups=None)
-        if told := problems_of(layer, norm, norm.kind, set_too):
-            return told, None
+        if problems := problems_of(layer, norm, norm.kind, set_too):
+            return problems, None
     momentum = getattr(module, "momentum", None)
     for what in ("mean", "var"):
         if momentum is not None and (ema := weights.debiased.get(dotted(name, what))) is not None:
@@ -225,6 +230,6 @@ def _options_of(layer: Layer, weights: Weights, name: str, set_too: bool) -> tup
     if count is None:
         return [], 1 / (1 - momentum)  # as an average that is not debiased goes on
     if not getattr(module, "track_count", False) and 1 - count * (1 - momentum) > 2**-20:
-        told = f"the average is debiased, and its count of {count:g} has not come to the limit: the norm needs track_count=True"
-        return [told], None
+        problem = f"the average is debiased, and its count of {count:g} has not come to the limit: the norm needs track_count=True"
+        return [problem], None
     return [], count
