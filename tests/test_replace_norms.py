@@ -381,6 +381,8 @@ def test_linen_and_unused_options_are_refused():
         tools.replace_norms(nn.BatchNorm(), "jnorm")
     with refuses("one of NNX, got LayerNorm, which is Linen's", kind=TypeError):
         tools.replace_norms(model, jnn.LayerNorm)
+    with refuses("the rule must return a module", "BatchNorm, which is Linen's", kind=TypeError):
+        tools.replace_norms(model, lambda path, norm: nn.BatchNorm())
     with refuses("['epsilon'] are not used"):
         tools.replace_norms(model, "jnorm", epsilon=3.0)
     with refuses("LayerNorm is called otherwise than AddLayerNorm"):

@@ -93,8 +93,8 @@ def replace_norms(model: Model, rule: Rule, *, layers: Layers | None = None, rng
     for path in chosen(norms, layers):
         with errors_in(lambda path=path: f"the norm at {path!r}"):
             new = replacement(path, norms[path])
-            if not (new is None or callable(new)):
-                raise TypeError(f"the rule must return a module, or None to keep the norm; it returned {type(new).__name__}.")
+            if not (new is None or callable(new)) or isinstance(new, nn.Module):
+                raise TypeError(f"the rule must return a module, or None to keep the norm; it returned {_told(type(new))}.")
         if new is not None and new is not norms[path]:
             replaced[id(norms[path])] = new
     if options and not replaced:
