@@ -5,7 +5,7 @@ python examples/port_from_torch.py --epochs 20 --batch-size 100
 python examples/port_from_torch.py --quick                         # that it works, in a few seconds
 
 It prints the largest differences of the outputs in evaluation and of the running statistics after one more step of training, the test
-accuracies, and the times of inference before and after folding.
+accuracies, and the times of inference in PyTorch, and here before and after folding.
 """
 
 import argparse
@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         raise SystemExit("port_from_torch.py: error: PyTorch is not installed: pip install 'jnorm[torch]'") from None
     torch.manual_seed(args.seed)
     console, data = Console(), load_data(None)
+    if args.batch_size > len(data.train_images):
+        raise SystemExit(f"port_from_torch.py: error: --batch-size must be at most {len(data.train_images)}, the number of training images")
     source = torch_network()
     train(source, data, args, console)
     return port(source, data, args, console)
@@ -103,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="port_from_torch.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--epochs", type=_positive_integer, help="default: 10, or 2 with --quick")
-    parser.add_argument("--batch-size", type=_positive_integer, default=64, help="of the training, at least 2 (default: 64)")
-    parser.add_argument("--repeats", type=_positive_integer, help="of the timing, of which the fastest counts (default: 200, or 20)")
+    parser.add_argument("--epochs", type=positive_integer, help="default: 10, or 2 with --quick")
+    parser.add_argument("--batch-size", type=positive_integer, default=64, help="of the training, at least 2 (default: 64)")
+    parser.add_argument("--repeats", type=positive_integer, help="of the timing, of which the fastest counts (default: 200, or 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the parameters and of the order of the samples (default: 0)")
     parser.add_argument("--quick", action="store_true", help="to see that everything works")
     args = parser.parse_args(argv)
@@ -116,9 +118,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _positive_integer(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+def positive_integer(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -150,11 +152,16 @@ def channels_second(images: np.ndarray) -> Any:
     return torch.tensor(images[:, None])
 
 
-def torch_outputs(source: Any, images: np.ndarray) -> np.ndarray:
+def torch_inference(source: Any, images: np.ndarray) -> Callable[[], Any]:
     import torch
 
-    with torch.no_grad():
-        return source.eval()(channels_second(images)).numpy()
+    x = channels_second(images)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return source.eval()(x)
+
+    return run
 
 
 def port(source: Any, data: Dataset, args: argparse.Namespace, console: Console) -> Report:
@@ -167,14 +174,14 @@ def port(source: Any, data: Dataset, args: argparse.Namespace, console: Console)
     folded, what_was_folded = jnorm.tools.fold(model, x)
     console.print(str(what_was_folded), highlight=False)
 
-    run, run_folded = compiled(model), compiled(folded)
-    outputs = {"PyTorch": torch_outputs(source, data.test_images), "jnorm": np.asarray(run(x)), "jnorm, folded": np.asarray(run_folded(x))}
+    run, run_folded, run_torch = compiled(model), compiled(folded), torch_inference(source, data.test_images)
+    outputs = {"PyTorch": run_torch().numpy(), "jnorm": np.asarray(run(x)), "jnorm, folded": np.asarray(run_folded(x))}
     report = Report(
         evaluation=largest(outputs["jnorm"], outputs["PyTorch"]),
         statistics=step_of_training(model, source, data.train_images[: args.batch_size]),
         folding=largest(outputs["jnorm, folded"], outputs["jnorm"]),
         accuracies={name: float(np.mean(y.argmax(-1) == data.test_labels)) for name, y in outputs.items()},
-        seconds=fastest({"jnorm": lambda: run(x), "jnorm, folded": lambda: run_folded(x)}, args.repeats),
+        seconds=fastest({"PyTorch": run_torch, "jnorm": lambda: run(x), "jnorm, folded": lambda: run_folded(x)}, args.repeats),
     )
     show(report, len(x), console)
     return report
@@ -200,7 +207,7 @@ def step_of_training(model: nnx.Module, source: Any, images: np.ndarray) -> floa
     return max(largest(here[key].numpy(), there[key].numpy()) for key in there if "running" in key)
 
 
-def fastest(calls: dict[str, Callable[[], jax.Array]], repeats: int) -> dict[str, float]:
+def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Seconds of one call: the fastest of many, which take turns, so that all of them see the same other load."""
     seconds = dict.fromkeys(calls, float("inf"))
     for _ in range(repeats):

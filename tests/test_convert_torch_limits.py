@@ -249,3 +249,17 @@ def test_variables_of_a_whole_model():
     with refuses("LayerNorm has use_scale=True, but its own variables", "layers_0"):
         convert.of_linen(model.layers[1], variables)
     assert convert.of_linen(model.layers[1], {"params": variables["params"]["layers_1"]}).shape == (3,)
+
+
+def test_what_is_given_in_place_of_something_else():
+    state, model = torch.nn.Linear(3, 3).state_dict(), nnx.Linear(3, 3, rngs=RNGS)
+    with refuses("pass source['state_dict']"):
+        convert.load_torch(model, {"epoch": 3, "state_dict": state})
+    with refuses("Dense is a module of Linen", "load_torch_linen", kind=TypeError):
+        convert.load_torch(nn.Dense(3), state)  # pyright: ignore[reportArgumentType]
+    with refuses("Missing: 'weight' (of the model itself", "no rule for the parametrizations of", "remove_parametrizations"):
+        convert.load_torch(model, torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(3, 3)))
+    rest = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 3)).state_dict(prefix="rest.")
+    with pytest.raises(ValueError) as error:
+        convert.load_torch(model, {**state, **rest})
+    assert "no rule" not in str(error.value)

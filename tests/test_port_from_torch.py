@@ -23,6 +23,7 @@ def test_the_example():
     assert max(report.evaluation, report.folding) < DIFFERENCE
     assert report.statistics < DIFFERENCE
     assert len(set(report.accuracies.values())) == 1 and min(report.accuracies.values()) > 0.9
+    assert report.seconds.keys() == report.accuracies.keys()
     assert all(0 < seconds < np.inf for seconds in report.seconds.values())
 
 
@@ -32,8 +33,21 @@ def test_without_pytorch(monkeypatch):
         port_from_torch.main(["--quick"])
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size", "1"], ["--epochs", "0"]], ids=["batch-size", "epochs"])
-def test_bad_arguments(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--epochs", "0"], "--epochs: '0' is not a positive integer"),
+        (["--epochs", "x"], "--epochs: 'x' is not a positive integer"),
+    ],
+    ids=["batch-size", "epochs", "word"],
+)
+def test_bad_arguments(arguments, told, capsys):
     with pytest.raises(SystemExit):
         port_from_torch.main(arguments)
-    assert arguments[0] in capsys.readouterr().err
+    assert told in capsys.readouterr().err
+
+
+def test_a_batch_of_more_than_there_is():
+    with pytest.raises(SystemExit, match="--batch-size must be at most"):
+        port_from_torch.main(["--batch-size", "5000"])

@@ -19,6 +19,7 @@ from ._trees import Model
 Rename = Mapping[str, str] | Callable[[str], str] | None
 MatchBy = Literal["name", "order"]
 _LISTED = 12
+_PARAMETRIZED = re.compile(r"((?:.*\.)?parametrizations\.\w+\.)(?!original[01]$)")
 _NAME = re.compile(r"(?:(?P<layer>.*?)\.)?(?P<name>parametrizations\.\w+\.(?:original[01]?|0\._[uv])|\w+)")
 
 
@@ -238,6 +239,11 @@ def _misfits(missing: list, extra: list[str], wrong: list[str], state: Mapping[s
         lines.append(f"Not in the model: {some(extra, lambda key: f'{key!r}{near(key, left, brackets=True)}')}.")
     if wrong:
         lines.append(f"Of other shapes: {some(wrong)}.")
+    if others := [key for key in extra if (match := _PARAMETRIZED.match(key)) and f"{match[1]}0._u" not in state]:
+        lines.append(
+            f"There is no rule for the parametrizations of {some(others, repr)}: make them plain weights with "
+            "torch.nn.utils.parametrize.remove_parametrizations."
+        )
     if missing or extra:
         lines.append("Say with rename= what the layers are called there, with ignore= what to leave, and with layers= what to set.")
     return "\n".join(lines)

@@ -73,6 +73,8 @@ def load_torch(
       >>> model.layers[1].momentum, model.layers[1].running_var_correction
       (0.9, 1)
     """
+    if isinstance(model, nn.Module):
+        raise TypeError(f"{type(model).__name__} is a module of Linen: its variables are loaded by load_torch_linen.")
     found = of_nnx_model(model)
     new = nnx.clone(model)
     paths = selected(found, layers)
@@ -246,6 +248,8 @@ def _state_and_names(
     state = source.state_dict() if _is_module(source) else source
     if not isinstance(state, Mapping):
         raise TypeError(f"source must be a PyTorch module or a state dict, got {type(source).__name__}.")
+    if inner := [key for key, value in state.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"source is a state dict by itself, not what holds one: pass source[{inner[0]!r}], if it is that one.")
     if match not in ("name", "order"):
         raise ValueError(f'match must be "name" or "order", got {match!r}.')
     if match == "name":
