@@ -263,3 +263,10 @@ def test_what_is_given_in_place_of_something_else():
     with pytest.raises(ValueError) as error:
         convert.load_torch(model, {**state, **rest})
     assert "no rule" not in str(error.value)
+
+
+def test_what_is_not_flattened():
+    with refuses("flattened says (2, 3, 1) of the model itself, which has 4 features, not 6"):
+        convert.to_torch(nnx.Linear(4, 2, rngs=RNGS), flattened={"*": (2, 3, 1)})
+    with refuses("flattened is of dense layers and norms, the model itself is no such layer but Embed"):
+        convert.to_torch(nnx.Embed(4, 2, rngs=RNGS), flattened={"*": (2, 2, 1)})

@@ -1,6 +1,7 @@
 """Which tensor of a state dict is which variable of a model, and what is said where they do not fit."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from flax import nnx
 from .._layers import Layers, chosen
 from ._layouts import Entry, bare_entry, entries_of
 from ._torch import array_of, canonical_state, folded_weight, parametrized_keys
-from ._trees import Model
+from ._trees import DENSE, NORMS, Model, join
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 MatchBy = Literal["name", "order"]
@@ -50,7 +51,10 @@ def renamer(rename: Rename) -> Callable[[str], str]:
 def pairs_of(model: Model, name: Callable[[str], str], flattened: Mapping[str, tuple[int, ...]] | None) -> list[Pair]:
     shapes: dict[str, tuple[int, ...]] = {}
     for pattern, shape in (flattened or {}).items():
-        shapes |= {path: tuple(shape) for path in chosen(model.layers, pattern, "layers", "flattened")}
+        paths = chosen(model.layers, pattern, "layers", "flattened")
+        for path in paths:
+            _check_flattened(model, path, tuple(shape))
+        shapes |= dict.fromkeys(paths, tuple(shape))
     found = []
     for path, layer in model.layers.items():
         found += [Pair(path, entry, _keys(name(layer.name), entry)) for entry in entries_of(layer, model, shapes.get(path))]
@@ -58,6 +62,16 @@ def pairs_of(model: Model, name: Callable[[str], str], flattened: Mapping[str, t
         entry = bare_entry(path)
         found.append(Pair(path, entry, _keys(name(theirs), entry)))
     return found
+
+
+def _check_flattened(model: Model, path: str, shape: tuple[int, ...]) -> None:
+    layer = model.layers[path]
+    kind = type(layer.module).__name__
+    if kind not in (*DENSE, *NORMS):
+        raise ValueError(f"flattened is of dense layers and norms, {told(path)} is no such layer but {kind}.")
+    kernel = model.variables.get(join(layer.prefix, "kernel"))
+    if kernel is not None and kernel.shape[0] != math.prod(shape):
+        raise ValueError(f"flattened says {shape} of {told(path)}, which has {kernel.shape[0]} features, not {math.prod(shape)}.")
 
 
 def check_names(pairs: list[Pair], paths: set[str]) -> None:
