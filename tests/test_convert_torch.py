@@ -1,6 +1,5 @@
 """PyTorch's norms, one at a time: outputs in training and evaluation and running statistics are PyTorch's own, there and back."""
 
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
