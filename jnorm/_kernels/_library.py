@@ -69,12 +69,7 @@ def _checked(form: str, source: str) -> str:
 
 def _of_environment() -> str | None:
     wanted = os.environ.get(VARIABLE)
-    try:
-        return _checked(wanted, f"the environment variable {VARIABLE}") if wanted else None
-    except (ValueError, RuntimeError) as e:
-        if sys.argv[:1] == ["-m"] and "jnorm" in sys.orig_argv:  # `python -m jnorm` imports this first, and is run to be told
-            sys.exit(f"{e} Unset it, and see what python -m jnorm says then.")
-        raise
+    return _checked(wanted, f"the environment variable {VARIABLE}") if wanted else None
 
 
 _default = _of_environment()
