@@ -36,6 +36,7 @@ class Launch:
         self.logs = [logs / f"process-{i}.txt" for i in range(processes)]
         self.started: list[subprocess.Popen] = []
         self.running: set[int] = set()
+        self.failed: list[int] = []  # in the order in which they ended
         self.ended: queue.Queue[tuple[int, int]] = queue.Queue()  # (process, exit status), in the order in which they end
 
     def start(self, command: Sequence[str], env: dict[str, str]) -> None:
@@ -60,6 +61,7 @@ class Launch:
                 raise TimeoutError from None
             self.running.discard(i)
             if status != 0:
+                self.failed.append(i)
                 return i
         return None
 
@@ -129,10 +131,11 @@ def run(command: Sequence[str], processes: int, devices: int, timeout: float, lo
         try:
             for i in range(processes):
                 launch.start(command, environment(i, processes, devices, f"{LOOPBACK}:{port}"))
-            failed = launch.wait(timeout)
-            if failed is None:
+            if launch.wait(timeout) is None:
                 return 0
             launch.wait_for_rest(GRACE_SECONDS)
+            # By themselves: one that another's failure made fail may have been faster than that one to end.
+            failed, rest = tuple(launch.failed), bool(launch.running)
         except KeyboardInterrupt:
             say("interrupted; ending all processes")
             return INTERRUPTED
@@ -144,9 +147,11 @@ def run(command: Sequence[str], processes: int, devices: int, timeout: float, lo
             return TIMED_OUT
         finally:
             launch.end()
-    status = launch.started[failed].returncode
-    rest = "The others were ended." if processes > 1 else ""
-    say(f"process {failed} of {processes} {how_it_ended(status)}. {rest}\n{launch.last_lines(failed)}")
+    for i in failed:
+        say(f"process {i} of {processes} {how_it_ended(launch.started[i].returncode)}. {launch.last_lines(i)}")
+    if rest:
+        say("The others were ended.")
+    status = launch.started[failed[0]].returncode
     return status if status > 0 else 128 - status
 
 

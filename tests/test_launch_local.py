@@ -80,10 +80,11 @@ def test_process_0_has_said_why(tmp_path):
     assert status == 1 and err.startswith("no data\n") and "Its output is above." in err
 
 
-def test_the_first_to_fail_is_named(tmp_path):
-    """What fails next, for the first is gone, fails differently."""
+def test_all_that_fail_are_named_the_first_first(tmp_path):
+    """What fails next, for the first is gone, fails differently; and may be faster than what made it fail."""
     status, _, err = run(tmp_path, "time.sleep(0 if i == 2 else 0.5); sys.exit(5 if i == 2 else 6)")
     assert status == 5 and "process 2 of 3 ended with exit status 5" in err and "It printed nothing." in err
+    assert err.index("process 2 of 3") < err.index("process 0 of 3 ended with exit status 6")
 
 
 def test_a_hang_ends(tmp_path):
