@@ -9,8 +9,8 @@ from flax import nnx
 
 from ..._pipeline import marks
 from ._checks import problems_of
+from ._filled import like
 from ._match import near, some, told
-from ._models import like
 from ._norm import KINDS, of_nnx
 from ._trees import NORMS, of_nnx_model
 

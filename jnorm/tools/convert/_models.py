@@ -5,16 +5,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.core import meta
 
 from .._layers import Layers, path_text
 from ._checks import compare, set_norms
+from ._filled import copied, fill_model, filled_variables
 from ._match import MatchBy, Pair, Rename, check_names, names_by_order, pairs_of, read, renamer, selected, some
 from ._torch import tensor_of
-from ._trees import Model, at, of_linen_model, of_nnx_model
+from ._trees import Model, of_linen_model, of_nnx_model
 
 Flattenings = Mapping[str, tuple[int, ...]]
 
@@ -75,21 +74,14 @@ def load_torch(
     """
     if isinstance(model, nn.Module):
         raise TypeError(f"{type(model).__name__} is a module of Linen: its variables are loaded by load_torch_linen.")
-    found = of_nnx_model(model)
-    new = nnx.clone(model)
+    new, found = copied(model)
     paths = selected(found, layers)
-    # The modules of the copy, which may be changed.
-    keys = {id(module): keys for keys, module in nnx.iter_modules(model)}
-    found = found._replace(layers={p: layer._replace(module=at(new, keys[id(layer.module)])) for p, layer in found.layers.items()})
     state, name = _state_and_names(found, source, rename, match, paths, flattened, ignore)
     if _is_module(source):
         set_norms(found, source, name, paths)
     pairs = pairs_of(found, name, flattened)
     check_names(pairs, paths)
-    values = read(found, pairs, state, paths, ignore)
-    for path, value in values.items():
-        variable = at(new, found.keys[path])
-        variable.set_value(like(value, variable.get_value()))
+    fill_model(new, found, read(found, pairs, state, paths, ignore))
     check_whole(nnx.to_pure_dict(nnx.state(new)))
     return new
 
@@ -144,14 +136,7 @@ def load_torch_linen(
         compare(found, source, name, paths)
     pairs = pairs_of(found, name, flattened)
     check_names(pairs, paths)
-    values = read(found, pairs, state, paths, ignore)
-    by_keys = {found.keys[path]: value for path, value in values.items()}
-
-    def one(path: Any, leaf: Any) -> Any:
-        keys = tuple(getattr(entry, "key", None) for entry in path)
-        return meta.replace_boxed(leaf, like(by_keys[keys], meta.unbox(leaf))) if keys in by_keys else leaf
-
-    new = jax.tree_util.tree_map_with_path(one, variables, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+    new = filled_variables(variables, found, read(found, pairs, state, paths, ignore))
     check_whole(new)
     return new
 
@@ -268,10 +253,3 @@ def check_whole(tree: Any) -> None:
             f"the model is abstract, and the source has no values for {some(left)}. Give a model that is initialized, or set these before, "
             "such as a dropout's rngs = nnx.Rngs(0)."
         )
-
-
-def like(value: np.ndarray, old: Any) -> jax.Array:
-    """In the dtype of the old value, and over the devices that it is over, where those are several."""
-    array = jnp.asarray(np.array(value, old.dtype, order="C"))
-    sharding = getattr(old, "sharding", None)
-    return jax.device_put(array, sharding) if sharding is not None and len(sharding.device_set) > 1 else array

@@ -7,19 +7,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 from flax import nnx
-from flax.core import meta
 
 from .._layers import Layers
 from ._checks import problems_of
 from ._entries import pairs_with, shapes_of
+from ._filled import copied, fill_model, filled_variables
 from ._haiku import check_debiased, count_of
 from ._match import MatchBy, Rename, check_names, names_by_order, read, renamer, selected, some, told
-from ._models import like
 from ._source import Weights, dotted
-from ._trees import NORMS, Layer, Model, at, join, of_linen_model, of_nnx_model
+from ._trees import NORMS, Layer, Model, join, of_linen_model
 
 _BESIDE = ("kernel_scale", "kernel_u", "kernel_sigma")
 
@@ -72,12 +70,8 @@ def load(
       >>> float(convert.load(model, weights, rename={"^0$": "net/linear"})[0].kernel[0, 0])
       1.0
     """
-    found, new = of_nnx_model(model), nnx.clone(model)
-    keys = {id(module): keys for keys, module in nnx.iter_modules(model)}
-    found = found._replace(layers={p: layer._replace(module=at(new, keys[id(layer.module)])) for p, layer in found.layers.items()})
-    for path, value in _values(found, weights, rename, match, layers, ignore, flattened, set_too=True).items():
-        variable = at(new, found.keys[path])
-        variable.set_value(like(value, variable.get_value()))
+    new, found = copied(model)
+    fill_model(new, found, _values(found, weights, rename, match, layers, ignore, flattened, set_too=True))
     return new
 
 
@@ -126,14 +120,7 @@ def load_linen(
       [[3.0, 3.0, 3.0, 3.0]]
     """
     found = of_linen_model(model, variables, args, kwargs)
-    values = _values(found, weights, rename, match, layers, ignore, flattened, set_too=False)
-    by_keys = {found.keys[path]: value for path, value in values.items()}
-
-    def one(path: Any, leaf: Any) -> Any:
-        keys = tuple(getattr(entry, "key", None) for entry in path)
-        return meta.replace_boxed(leaf, like(by_keys[keys], meta.unbox(leaf))) if keys in by_keys else leaf
-
-    return jax.tree_util.tree_map_with_path(one, variables, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+    return filled_variables(variables, found, _values(found, weights, rename, match, layers, ignore, flattened, set_too=False))
 
 
 def _values(
