@@ -11,6 +11,7 @@ from flax import nnx
 from ... import nnx as jnx
 from ..._pipeline.marks import STATISTICS
 from .._layers import NORMS_NNX, RUNNING_NNX, is_state, nnx_norms, path_text
+from .._nnx_states import read_states
 from ._variables import check_prefix, of_variables
 
 _APART = (jnx.GhostBatchNorm, jnx.TrackedInstanceNorm)
@@ -121,7 +122,7 @@ def of_module(step: Any, model: nnx.Module, loss: Any, params: Any, epsilon: flo
                 norm.use_running_average = False
         return _on_copy(loss, some)
 
-    state = {path: entries_of(norm) for path, norm in with_state.items()}
+    state = read_states(with_state)
     scales = {path: np.asarray(norm.scale[...]) for path, norm in norms.items() if getattr(norm, "scale", None) is not None}
     return Subject(
         state,
@@ -137,10 +138,6 @@ def of_module(step: Any, model: nnx.Module, loss: Any, params: Any, epsilon: flo
         {path: getattr(norm, "group_size", None) for path, norm in norms.items() if isinstance(norm, _APART)},
         None if loss is None else training_loss,
     )
-
-
-def entries_of(norm: Any) -> dict[str, Any]:
-    return {key: v[...] for key, v in vars(norm).items() if isinstance(v, nnx.BatchStat)}
 
 
 def _on_copy(function: Any, model: nnx.Module, returns: int | None = None) -> Callable[[Any, Any], Any]:
@@ -161,7 +158,7 @@ def _on_copy(function: Any, model: nnx.Module, returns: int | None = None) -> Ca
                 else:
                     getattr(norms[path], key).set_value(entry)
         result = function(copy, batch)
-        both = result, {path: entries_of(norms[path]) for path in state}
+        both = result, read_states({path: norms[path] for path in state})
         return both if returns is None else both[returns]
 
     return lambda state, batch: run(arrays, state, batch)
