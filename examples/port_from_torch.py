@@ -168,7 +168,7 @@ def port(source: Any, data: Dataset, args: argparse.Namespace, console: Console)
     """Converts, folds, compares."""
     # No weight is initialized: the abstract model has the structure alone. The hidden layer comes after a flattening.
     abstract = nnx.eval_shape(lambda: Network(nnx.Rngs(0)))
-    model = convert.load_torch(abstract, source, flattened={"hidden": (WIDTHS[1], SIDE, SIDE)})
+    model = convert.load(abstract, source, flattened={"hidden": (WIDTHS[1], SIDE, SIDE)})
     model.eval()
     x = jnp.asarray(data.test_images[..., None])
     folded, what_was_folded = jnorm.tools.fold(model, x)

@@ -87,8 +87,8 @@ def test_other_sources():
         convert.load_flax(model, "ckpt/")
     with refuses("Linen's variables", kind=TypeError):
         convert.load_flax(model, {"params": {"a": {"kernel": np.ones((2, 2))}}})
-    with refuses("weights_of_keras", "got dict; load_torch", kind=TypeError):
-        convert.load(model, {})
+    with refuses("PyTorch module", "weights_of_keras", "got Linear", kind=TypeError):
+        convert.load(model, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     with refuses("'a' is not as in Haiku's trees", kind=TypeError):
         convert.weights_of_haiku({"a": {"b": {"w": np.ones(2)}}})
     with refuses("'a' is not as in Haiku's trees", kind=TypeError):

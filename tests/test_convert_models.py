@@ -77,7 +77,7 @@ def test_resnet(modes, rng):
     """Evaluation, a step of training, evaluation, of the model that came and of the one that went back."""
     source, x = torch_models.trained(torch_models.ResNet().double(), rng), images(rng)
     given = nnx.eval_shape(resnet)
-    model = convert.load_torch(given, source, rename=torch_models.resnet_name)
+    model = convert.load(given, source, rename=torch_models.resnet_name)
     assert given.norm.running_var_correction == 0
     back = torch_models.ResNet().double()
     back.load_state_dict(convert.to_torch(model, rename=torch_models.resnet_name))
@@ -105,7 +105,7 @@ def test_linen_resnet(rng):
     source, x = torch_models.trained(torch_models.ResNet().double(), rng), images(rng)
     model = models.ResNet(jnn, jnp.float64)
     variables = jax.eval_shape(functools.partial(model.init, train=True), jax.random.key(0), x)
-    loaded = convert.load_torch_linen(model, variables, source.state_dict(), x, match="order", train=False)
+    loaded = convert.load_linen(model, variables, source.state_dict(), x, match="order", train=False)
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
     apply = jax.jit(lambda variables: model.apply(variables, x, train=False))
     assert largest(apply(loaded), theirs(source.eval(), x)) < ATOL
@@ -126,7 +126,7 @@ def transformer():
 def test_transformer(rng):
     source = torch_models.trained(torch_models.Transformer().double(), rng)
     x = rng.normal(size=(2, 5, 8))
-    model = convert.load_torch(transformer(), source)
+    model = convert.load(transformer(), source)
     assert model.norm.epsilon == 1e-5  # PyTorch's, where jnorm's default is 1e-6
     difference = largest(run(model, x), theirs(source, x))
     print("transformer, largest difference:", difference)
@@ -154,11 +154,11 @@ def test_linen_transformer(rng):
         "Dense_2": "dense",
     }
     with refuses("LayerNorm_0: epsilon is 1e-06 here, 1e-05 there", "source.state_dict()"):
-        convert.load_torch_linen(model, variables, source, x, rename=names, train=False)
+        convert.load_linen(model, variables, source, x, rename=names, train=False)
     for module in source.modules():
         if hasattr(module, "normalized_shape"):
             module.eps = 1e-6
-    loaded = convert.load_torch_linen(model, variables, source, x, rename=names, train=False)
+    loaded = convert.load_linen(model, variables, source, x, rename=names, train=False)
     assert largest(model.apply(loaded, x, train=False), theirs(source, x)) < ATTENTION
     state = convert.to_torch_linen(model, loaded, x, rename=names, train=False)
     for key, tensor in source.state_dict().items():
@@ -218,7 +218,7 @@ def fast(names, *slow):
 def test_layers(name, rng):
     there, here, shape = CASES[name]
     source, model = there().double(), here(nnx.Rngs(0))
-    model = convert.load_torch(jax.tree.map(lambda a: a.astype(jnp.float64), model), source)
+    model = convert.load(jax.tree.map(lambda a: a.astype(jnp.float64), model), source)
     x = rng.integers(0, 7, size=(3, 4)) if shape is None else rng.normal(size=shape)
     second = len(x.shape) > 2
     want = source(torch.tensor((np.moveaxis(x, -1, 1) if second else x).copy())).detach().numpy()
@@ -266,9 +266,9 @@ def test_weight_norm(name, rng):
     want = source(torch.tensor(np.moveaxis(x, -1, 1).copy())).detach().numpy()
     want = np.moveaxis(want, 1, -1)
     wrapped = wide(jnx.WeightNorm(here(nnx.Rngs(0)), feature_axes=axes, rngs=nnx.Rngs(0)))
-    wrapped = convert.load_torch(wrapped, source)
+    wrapped = convert.load(wrapped, source)
     assert largest(wrapped(x), want) < ATOL
-    assert largest(convert.load_torch(wide(here(nnx.Rngs(0))), source)(x), want) < ATOL
+    assert largest(convert.load(wide(here(nnx.Rngs(0))), source)(x), want) < ATOL
     back, state = there().double(), convert.to_torch(wrapped)
     if name == "old-names":
         state = {
@@ -298,8 +298,8 @@ def test_spectral_norm(kind, rng):
     moved = torch.tensor(np.moveaxis(x, -1, 1).copy())
     source.train()(moved)
     want = np.moveaxis(source.eval()(moved).detach().numpy(), 1, -1)
-    assert largest(convert.load_torch(wide(here(nnx.Rngs(0))), source)(x), want) < ATOL
-    wrapped = convert.load_torch(wide(jnx.SpectralNorm(here(nnx.Rngs(0)), param_dtype=jnp.float64, rngs=nnx.Rngs(0))), source)
+    assert largest(convert.load(wide(here(nnx.Rngs(0))), source)(x), want) < ATOL
+    wrapped = convert.load(wide(jnx.SpectralNorm(here(nnx.Rngs(0)), param_dtype=jnp.float64, rngs=nnx.Rngs(0))), source)
     w = source.parametrizations.weight.original.detach()
     stored = float((w / source.weight).detach().mean())
     assert abs(float(wrapped.batch_stats[("kernel", "sigma")][...]) - stored) < ATOL
@@ -336,7 +336,7 @@ def test_flattening(rng):
         return model
 
     flattened = {"*_norm": (4, 2, 3), "dense": (4, 2, 3)}
-    model = convert.load_torch(widened(), source, match="order", flattened=flattened)
+    model = convert.load(widened(), source, match="order", flattened=flattened)
     x = rng.normal(size=(2, 3, 4, 3))
     assert largest(nnx.view(model, use_running_average=True)(x), theirs(source.eval(), x)) < ATOL
     names = {"conv": "0", "layer_norm": "1", "batch_norm": "3", "dense": "4"}
@@ -358,7 +358,7 @@ def test_linen_wrappers(rng):
     source.double()(torch.zeros(1, 4).double())  # the power iteration has come to its end
     x = rng.normal(size=(3, 4))
     model = Wrapped()
-    variables = convert.load_torch_linen(model, model.init(jax.random.key(0), x), source.eval(), x, match="order")
+    variables = convert.load_linen(model, model.init(jax.random.key(0), x), source.eval(), x, match="order")
     assert largest(model.apply(variables, x), theirs(source, x)) < 1e-6  # whose two ends differ by what float64 leaves of the second value
     state = convert.to_torch_linen(model, variables, x, rename={"Dense_": ""})
     for key, tensor in source.state_dict().items():

@@ -51,13 +51,13 @@ def test_keys_that_are_missing_or_left_over():
         "conv: 'conv.weight' has the shape (4, 3, 5, 5), the model needs (4, 3, 3, 3)",
         "rename=",
     ):
-        convert.load_torch(net(), state)
+        convert.load(net(), state)
 
 
 def test_many_keys_are_counted():
     state = {f"{i}.weight": np.zeros(2) for i in range(30)}
     with refuses("and 18 more"):
-        convert.load_torch(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), state)
+        convert.load(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), state)
 
 
 def test_a_part_of_a_model():
@@ -67,15 +67,15 @@ def test_a_part_of_a_model():
         ("head" if key.startswith("dense") else key.split(".")[0]) + "." + key.split(".")[1]: t for key, t in source.state_dict().items()
     }
     with refuses("Missing: 'dense.weight'", "'head.weight'"):
-        convert.load_torch(model, state)
+        convert.load(model, state)
     with refuses("Not in the model: 'head.weight'"):
-        convert.load_torch(model, state, layers=["conv", "norm"])
+        convert.load(model, state, layers=["conv", "norm"])
     with refuses("'tail.*' matches none of the keys of the source", "head.weight"):
-        convert.load_torch(model, state, ignore=["tail.*"])
+        convert.load(model, state, ignore=["tail.*"])
     with refuses("'dens' matches none of the layers", "'conv', 'norm', 'dense'"):
-        convert.load_torch(model, state, layers="dens")
+        convert.load(model, state, layers="dens")
     before = jax.tree.map(np.array, nnx.state(model))
-    loaded = convert.load_torch(model, state, layers=["conv", "norm"], ignore=["head.*"])
+    loaded = convert.load(model, state, layers=["conv", "norm"], ignore=["head.*"])
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
     np.testing.assert_array_equal(loaded.dense.kernel[...], model.dense.kernel[...])
     np.testing.assert_array_equal(loaded.conv.bias[...], source.conv.bias.detach().numpy())
@@ -87,39 +87,39 @@ def test_a_wrong_order():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), jnx.BatchNorm(4, rngs=rngs))
     with refuses('match="order"', "number 1 is 'layers/0' with ['bias', 'weight'] here and '1' with", "running_mean"):
-        convert.load_torch(model, state, match="order")
+        convert.load(model, state, match="order")
     with refuses("has 1 layers", "the source 2", "number 2 is none here"):
-        convert.load_torch(nnx.Linear(3, 4, rngs=rngs), {"a.weight": 0, "a.bias": 0, "b.weight": 0}, match="order")
+        convert.load(nnx.Linear(3, 4, rngs=rngs), {"a.weight": 0, "a.bias": 0, "b.weight": 0}, match="order")
     with refuses("leave rename out"):
-        convert.load_torch(model, state, match="order", rename={"a": "b"})
+        convert.load(model, state, match="order", rename={"a": "b"})
     with refuses("match must be"):
-        convert.load_torch(model, state, match="size")
+        convert.load(model, state, match="size")
 
 
 def test_layers_without_a_rule():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.LSTMCell(4, 4, rngs=rngs), jnx.FilterResponseNorm(4, rngs=rngs))
     with refuses("there is no rule for these layers: layers/1 (LSTMCell), layers/2 (FilterResponseNorm)", "layers="):
-        convert.load_torch(model, {})
+        convert.load(model, {})
     with refuses("no rule for these layers: layers/1"):
         convert.to_torch(model)
     assert convert.to_torch(model, layers="layers/0").keys() == {"0.weight", "0.bias"}
     with refuses("no parameters"):
-        convert.load_torch(nnx.Sequential(nnx.relu), {})
+        convert.load(nnx.Sequential(nnx.relu), {})
 
 
 @pytest.mark.parametrize("bad", [3, [1]])
 def test_no_source(bad):
-    with refuses("source must be a PyTorch module or a state dict", kind=TypeError):
-        convert.load_torch(net(), bad)
+    with refuses("source must be a PyTorch module, its state dict", kind=TypeError):
+        convert.load(net(), bad)
 
 
 def test_hyperparameters_are_set():
     given = net(momentum=0.5)
-    model = convert.load_torch(given, Source(eps=1e-2, momentum=0.25))
+    model = convert.load(given, Source(eps=1e-2, momentum=0.25))
     assert (model.norm.epsilon, model.norm.momentum, model.norm.running_var_correction) == (1e-2, 0.75, 1)
     assert (given.norm.epsilon, given.norm.momentum, given.norm.running_var_correction) == (1e-5, 0.5, 0)
-    model = convert.load_torch(given, Source(eps=1e-2).state_dict())
+    model = convert.load(given, Source(eps=1e-2).state_dict())
     assert (model.norm.epsilon, model.norm.running_var_correction) == (1e-5, 0)
 
 
@@ -128,11 +128,11 @@ def test_what_pytorch_counts():
     source = Source(momentum=None)
     source.norm.num_batches_tracked.fill_(7)
     with refuses("norm: momentum=None is the cumulative average, which needs track_count=True"):
-        convert.load_torch(net(), source)
-    model = convert.load_torch(net(track_count=True), source)
+        convert.load(net(), source)
+    model = convert.load(net(track_count=True), source)
     assert (model.norm.momentum, model.norm.count[...].shape, float(model.norm.count[...])) == (None, (), 7)
     assert int(convert.to_torch(model)["norm.num_batches_tracked"]) == 7
-    model = convert.load_torch(net(track_count=True), Source(momentum=0.25))
+    model = convert.load(net(track_count=True), Source(momentum=0.25))
     assert float(model.norm.count[...]) == 4
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
     model.norm(x)
@@ -141,14 +141,14 @@ def test_what_pytorch_counts():
 
 def test_what_flax_and_a_model_cannot_do():
     with refuses("norm: BatchNorm of Flax updates the biased variance", "source.state_dict()"):
-        convert.load_torch(net(norms=nnx), Source())
-    convert.load_torch(net(norms=nnx), Source().state_dict())
+        convert.load(net(norms=nnx), Source())
+    convert.load(net(norms=nnx), Source().state_dict())
     with refuses("norm: BatchNorm2d without running statistics uses those of the batch always"):
-        convert.load_torch(net(), Source(track_running_stats=False))
+        convert.load(net(), Source(track_running_stats=False))
     source = Source()
     source.norm = torch.nn.GroupNorm(2, 4)
     with refuses("norm: BatchNorm here, GroupNorm there"):
-        convert.load_torch(net(), source)
+        convert.load(net(), source)
 
 
 CONVOLUTIONS = {
@@ -164,22 +164,22 @@ CONVOLUTIONS = {
 def test_convolutions_that_move_otherwise(name):
     ours, theirs, told = CONVOLUTIONS[name]
     with refuses(told, "Build it so"):
-        convert.load_torch(nnx.eval_shape(lambda: nnx.Conv(4, 4, (3, 3), **ours, rngs=nnx.Rngs(0))), torch.nn.Conv2d(4, 4, 3, **theirs))
+        convert.load(nnx.eval_shape(lambda: nnx.Conv(4, 4, (3, 3), **ours, rngs=nnx.Rngs(0))), torch.nn.Conv2d(4, 4, 3, **theirs))
 
 
 def test_dtypes_and_abstract_models():
     """The model's dtypes stay, whatever the source's; nothing needs to be initialized for a load."""
     source = Source().bfloat16()
-    model = convert.load_torch(nnx.eval_shape(net), source)
+    model = convert.load(nnx.eval_shape(net), source)
     assert model.conv.kernel[...].dtype == jnp.float32
     np.testing.assert_array_equal(model.conv.bias[...], source.conv.bias.detach().float().numpy())
     assert model(jnp.ones((2, 5, 5, 3))).shape == (2, 2)
     narrow = nnx.Linear(4, 2, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    narrow = convert.load_torch(narrow, Source().dense)
+    narrow = convert.load(narrow, Source().dense)
     assert narrow.kernel[...].dtype == jnp.bfloat16
     assert convert.to_torch(narrow)["weight"].dtype == torch.bfloat16
     arrays = {key: t.float().numpy() for key, t in source.state_dict().items()}
-    again = convert.load_torch(net(), arrays)
+    again = convert.load(net(), arrays)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again, nnx.Param), nnx.state(model, nnx.Param))
 
 
@@ -198,13 +198,13 @@ def test_tied_weights_and_parameters_of_ones_own():
             self.again.weight = self.embed.weight
 
     source = Theirs()
-    model = convert.load_torch(Tied(nnx.Rngs(0)), source)
+    model = convert.load(Tied(nnx.Rngs(0)), source)
     assert model.again is model.embed
     np.testing.assert_array_equal(model.token[...], source.token.detach().numpy())
     np.testing.assert_array_equal(model.embed.embedding[...], source.embed.weight.detach().numpy())
     source.again.weight = torch.nn.Parameter(source.embed.weight.detach().clone())
     with refuses("Not in the model: 'again.weight'"):
-        convert.load_torch(Tied(nnx.Rngs(0)), source)
+        convert.load(Tied(nnx.Rngs(0)), source)
 
 
 # --- Single norms -----------------------------------------------------------------------------------------------------------------------

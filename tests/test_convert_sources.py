@@ -114,7 +114,7 @@ def test_names_of_sequential(eqx):
 
 def test_transposed_convolutions_are_refused():
     """Kernels of the same shape that are laid out otherwise, when there are as many channels on both sides."""
-    model = nnx.Dict({"c": nnx.eval_shape(lambda: nnx.ConvTranspose(3, 3, (3, 3), rngs=rngs())), "d": nnx.Linear(2, 2, rngs=rngs())})
+    model = nnx.Dict({"c": nnx.ConvTranspose(3, 3, (3, 3), rngs=rngs()), "d": nnx.Linear(2, 2, rngs=rngs())})
     params = {"c": {"w": np.ones((3, 3, 3, 3)), "b": np.ones(3)}, "d": {"w": np.ones((2, 2)), "b": np.ones(2)}}
     with refuses("transposed convolutions of other libraries: c", "layers="):
         convert.load(model, convert.weights_of_haiku(params))

@@ -24,7 +24,7 @@ def test_instance_norm_with_running_statistics(momentum, rng):
     with torch.no_grad():
         source.running_var.copy_(torch.tensor([1.0, 2.0, 3.0]))
         source.weight.copy_(torch.tensor([3.0, 2.0, 1.0]))
-    model = convert.load_torch(jnx.TrackedInstanceNorm(3, rngs=RNGS), source)
+    model = convert.load(jnx.TrackedInstanceNorm(3, rngs=RNGS), source)
     assert model.momentum == (0.75 if momentum else 1)
     x = rng.normal(size=(2, 4, 5, 3)).astype(np.float32)
     theirs = torch.tensor(x.transpose(0, 3, 1, 2))
@@ -40,9 +40,9 @@ def test_files_older_than_the_count_of_batches():
     """The count of an exponential average does not follow from it; that of a cumulative one does."""
     state = torch.nn.BatchNorm1d(3).state_dict()
     del state["num_batches_tracked"]
-    assert float(convert.load_torch(jnx.BatchNorm(3, momentum=0.75, track_count=True, rngs=RNGS), state).count[...]) == 4
+    assert float(convert.load(jnx.BatchNorm(3, momentum=0.75, track_count=True, rngs=RNGS), state).count[...]) == 4
     with refuses("Missing: 'num_batches_tracked'"):
-        convert.load_torch(jnx.BatchNorm(3, momentum=None, track_count=True, rngs=RNGS), state)
+        convert.load(jnx.BatchNorm(3, momentum=None, track_count=True, rngs=RNGS), state)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_axes_that_pytorch_has():
     ):
         assert type(convert.as_torch(convert.Norm(**options))).__name__ == name
     batch = convert.Norm(kind="LayerNorm", shape=(3,), reduction_axes=(0,))
-    assert type(convert.as_torch(batch, spatial=0)).__name__ == "BatchNorm1d"
+    assert type(convert.as_torch(batch, ndim=2)).__name__ == "BatchNorm1d"
 
 
 ATTENTION = nnx.MultiHeadAttention(2, 8, decode=False, rngs=RNGS)
@@ -103,12 +103,12 @@ NEGATIVE_AXES = jnx.LayerNorm(4, reduction_axes=-2, feature_axes=-2, rngs=RNGS)
 )
 def test_layers_that_only_look_alike(model, source, told):
     with refuses(told):
-        convert.load_torch(model, source)
+        convert.load(model, source)
 
 
 def test_a_circular_convolution():
     source = torch.nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
-    model = convert.load_torch(nnx.Conv(3, 3, (3, 3), padding="CIRCULAR", rngs=RNGS), source)
+    model = convert.load(nnx.Conv(3, 3, (3, 3), padding="CIRCULAR", rngs=RNGS), source)
     x = np.random.default_rng(0).normal(size=(1, 5, 5, 3)).astype(np.float32)
     want = source(torch.tensor(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
     np.testing.assert_allclose(model(x), want, atol=64 * 2**-24)
@@ -146,7 +146,7 @@ def test_attention_of_linen_by_itself(rng):
         for arguments, sizes in (((q, k, v), {"kdim": 6, "vdim": 8}), ((q, q, q), {})):
             source = torch.nn.MultiheadAttention(4, 2, batch_first=True, **sizes)
             given = jax.eval_shape(model.init, jax.random.key(0), *arguments)
-            variables = convert.load_torch_linen(model, given, source, *arguments)
+            variables = convert.load_linen(model, given, source, *arguments)
             with torch.no_grad():
                 want = source(*(torch.tensor(np.asarray(a)) for a in arguments))[0].numpy()
             np.testing.assert_allclose(model.apply(variables, *arguments), want, atol=64 * 2**-24)
@@ -164,37 +164,37 @@ def pair_of(rngs):
 def test_the_order_of_an_abstract_model():
     source = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     with refuses('match="order" needs a model that is initialized'):
-        convert.load_torch(nnx.eval_shape(lambda: pair_of(nnx.Rngs(0))), source, match="order")
-    model = convert.load_torch(pair_of(RNGS), source, match="order")
+        convert.load(nnx.eval_shape(lambda: pair_of(nnx.Rngs(0))), source, match="order")
+    model = convert.load(pair_of(RNGS), source, match="order")
     np.testing.assert_array_equal(model["stem"].bias[...], source[0].bias.detach().numpy())
 
 
 def test_the_order_of_a_part():
     """Of the model, the source being whole or not; of the source."""
     model, state = pair_of(RNGS), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)).state_dict()
-    only_head = convert.load_torch(model, state, match="order", layers="head")
+    only_head = convert.load(model, state, match="order", layers="head")
     np.testing.assert_array_equal(only_head["head"].bias[...], state["1.bias"].numpy())
     np.testing.assert_array_equal(only_head["stem"].bias[...], model["stem"].bias[...])
     more = {**state, "fc.weight": torch.ones(7, 3), "fc.bias": torch.ones(7)}
-    whole = convert.load_torch(model, more, match="order", ignore=["fc.*"])
+    whole = convert.load(model, more, match="order", ignore=["fc.*"])
     np.testing.assert_array_equal(whole["head"].bias[...], state["1.bias"].numpy())
-    part = convert.load_torch(model, more, match="order", ignore=["fc", "1"], layers="stem")
+    part = convert.load(model, more, match="order", ignore=["fc", "1"], layers="stem")
     np.testing.assert_array_equal(part["stem"].bias[...], state["0.bias"].numpy())
 
 
 @pytest.mark.parametrize("ignore", ["fc", "fc.*", ["fc."], ("fc.weight", "fc.bias")])
 def test_what_is_ignored(ignore):
     state = {**torch.nn.Linear(3, 3).state_dict(), "fc.weight": torch.ones(7, 3), "fc.bias": torch.ones(7)}
-    convert.load_torch(nnx.Linear(3, 3, rngs=RNGS), state, ignore=ignore)
+    convert.load(nnx.Linear(3, 3, rngs=RNGS), state, ignore=ignore)
     with refuses("ignore='f' matches none of the keys"):
-        convert.load_torch(nnx.Linear(3, 3, rngs=RNGS), state, ignore="f")
+        convert.load(nnx.Linear(3, 3, rngs=RNGS), state, ignore="f")
     with refuses("flattened='fc' matches none of the layers"):
-        convert.load_torch(nnx.Linear(3, 3, rngs=RNGS), state, ignore=ignore, flattened={"fc": (3, 1, 1)})
+        convert.load(nnx.Linear(3, 3, rngs=RNGS), state, ignore=ignore, flattened={"fc": (3, 1, 1)})
 
 
 def test_two_layers_of_one_name():
     model, rename = pair_of(RNGS), {"stem|head": "fc"}
-    for call in (lambda: convert.to_torch(model, rename=rename), lambda: convert.load_torch(model, {}, rename=rename)):
+    for call in (lambda: convert.to_torch(model, rename=rename), lambda: convert.load(model, {}, rename=rename)):
         with refuses("stem and head are both called 'fc.weight' there"):
             call()
     assert convert.to_torch(model, rename=rename, layers="head").keys() == {"fc.weight", "fc.bias"}
@@ -204,11 +204,11 @@ def test_abstract_models_are_whole_or_refused():
     source, make = torch.nn.Sequential(torch.nn.Linear(3, 3)), lambda: nnx.Dict(a=nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
     abstract = nnx.eval_shape(lambda: nnx.Dict(a=nnx.Linear(3, 3, rngs=nnx.Rngs(0)), drop=nnx.Dropout(0.5, rngs=nnx.Rngs(0))))
     with refuses("the model is abstract, and the source has no values for drop/rngs/count", "initialized"):
-        convert.load_torch(abstract, source, rename={"a": "0"})
+        convert.load(abstract, source, rename={"a": "0"})
     abstract["drop"].rngs = nnx.Rngs(0)
-    convert.load_torch(abstract, source, rename={"a": "0"})
+    convert.load(abstract, source, rename={"a": "0"})
     with refuses("no values for b/bias, b/kernel"):
-        convert.load_torch(nnx.eval_shape(lambda: nnx.Dict(a=make()["a"], b=make()["a"])), source, rename={"a": "0"}, layers="a")
+        convert.load(nnx.eval_shape(lambda: nnx.Dict(a=make()["a"], b=make()["a"])), source, rename={"a": "0"}, layers="a")
 
 
 def test_flags_of_a_call():
@@ -254,14 +254,14 @@ def test_variables_of_a_whole_model():
 def test_what_is_given_in_place_of_something_else():
     state, model = torch.nn.Linear(3, 3).state_dict(), nnx.Linear(3, 3, rngs=RNGS)
     with refuses("pass source['state_dict']"):
-        convert.load_torch(model, {"epoch": 3, "state_dict": state})
-    with refuses("Dense is a module of Linen", "load_torch_linen", kind=TypeError):
-        convert.load_torch(nn.Dense(3), state)  # pyright: ignore[reportArgumentType]
+        convert.load(model, {"epoch": 3, "state_dict": state})
+    with refuses("Dense is a module of Linen", "load_linen", kind=TypeError):
+        convert.load(nn.Dense(3), state)  # pyright: ignore[reportArgumentType]
     with refuses("Missing: 'weight' (of the model itself", "no rule for the parametrizations of", "remove_parametrizations"):
-        convert.load_torch(model, torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(3, 3)))
+        convert.load(model, torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(3, 3)))
     rest = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 3)).state_dict(prefix="rest.")
     with pytest.raises(ValueError) as error:
-        convert.load_torch(model, {**state, **rest})
+        convert.load(model, {**state, **rest})
     assert "no rule" not in str(error.value)
 
 

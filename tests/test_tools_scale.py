@@ -82,7 +82,7 @@ class Linen:
 
     def by_torch(self, layers=("dense_*", "norm_*")):
         tensors = convert.to_torch_linen(self.model, self.given, BATCHES[0], layers=layers)
-        return convert.load_torch_linen(self.model, self.given, tensors, BATCHES[0], layers=layers), len(tensors)
+        return convert.load_linen(self.model, self.given, tensors, BATCHES[0], layers=layers), len(tensors)
 
     @staticmethod
     def leaves(tree):
@@ -114,7 +114,7 @@ class NNX:
 
     def by_torch(self, layers="blocks"):
         tensors = convert.to_torch(self.given, layers=layers)
-        return convert.load_torch(self.given, tensors, layers=layers), len(tensors)
+        return convert.load(self.given, tensors, layers=layers), len(tensors)
 
     @staticmethod
     def leaves(model):

@@ -11,18 +11,16 @@ from ._haiku_models import weights_of_haiku as weights_of_haiku
 from ._keras import as_keras as as_keras
 from ._keras import of_keras as of_keras
 from ._keras import weights_of_keras as weights_of_keras
-from ._models import load_torch as load_torch
-from ._models import load_torch_linen as load_torch_linen
-from ._models import to_torch as to_torch
-from ._models import to_torch_linen as to_torch_linen
+from ._load import load as load
+from ._load import load_linen as load_linen
 from ._norm import Norm as Norm
 from ._norm import of_linen as of_linen
 from ._norm import of_nnx as of_nnx
 from ._source import Weights as Weights
 from ._torch import as_torch as as_torch
 from ._torch import of_torch as of_torch
-from ._weights import load as load
-from ._weights import load_linen as load_linen
+from ._torch_models import to_torch as to_torch
+from ._torch_models import to_torch_linen as to_torch_linen
 
 __all__ = [
     "HaikuNorm",
@@ -35,8 +33,6 @@ __all__ = [
     "load",
     "load_flax",
     "load_linen",
-    "load_torch",
-    "load_torch_linen",
     "of_equinox",
     "of_haiku",
     "of_keras",

@@ -19,9 +19,28 @@ from ._trees import DENSE, NORMS, Model, join
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
 MatchBy = Literal["name", "order"]
+Flattenings = Mapping[str, tuple[int, ...]]
 _LISTED = 12
 _PARAMETRIZED = re.compile(r"((?:.*\.)?parametrizations\.\w+\.)(?!original[01]$)")
 _NAME = re.compile(r"(?:(?P<layer>.*?)\.)?(?P<name>parametrizations\.\w+\.(?:original[01]?|0\._[uv])|\w+)")
+
+
+class Asked(NamedTuple):
+    """What the caller says of names and layers; see :func:`load`."""
+
+    rename: Rename
+    match: MatchBy
+    layers: Layers | None
+    ignore: tuple[str, ...]
+    flattened: Flattenings | None
+
+
+def asked_for(rename: Rename, match: MatchBy, layers: Layers | None, ignore: Iterable[str], flattened: Flattenings | None) -> Asked:
+    if match not in ("name", "order"):
+        raise ValueError(f'match must be "name" or "order", got {match!r}.')
+    if match == "order" and rename is not None:
+        raise ValueError('match="order" asks for no names: leave rename out.')
+    return Asked(rename, match, layers, (ignore,) if isinstance(ignore, str) else tuple(ignore), flattened)
 
 
 class Pair(NamedTuple):
@@ -48,7 +67,7 @@ def renamer(rename: Rename) -> Callable[[str], str]:
     return name
 
 
-def pairs_of(model: Model, name: Callable[[str], str], flattened: Mapping[str, tuple[int, ...]] | None) -> list[Pair]:
+def pairs_of(model: Model, name: Callable[[str], str], flattened: Flattenings | None) -> list[Pair]:
     shapes: dict[str, tuple[int, ...]] = {}
     for pattern, shape in (flattened or {}).items():
         paths = chosen(model.layers, pattern, "layers", "flattened")
@@ -193,7 +212,7 @@ def read(model: Model, pairs: list[Pair], state: Mapping[str, Any], paths: set[s
 def ignored(state: Mapping[str, Any], ignore: Iterable[str]) -> set[str]:
     """The keys that the patterns stand for, or what they lie under."""
     skipped: set[str] = set()
-    for pattern in [ignore] if isinstance(ignore, str) else ignore:
+    for pattern in ignore:
         above = f"{pattern.rstrip('.')}.*"
         if not (found := {key for key in state if fnmatchcase(key, pattern) or fnmatchcase(key, above)}):
             raise ValueError(f"ignore={pattern!r} matches none of the keys of the source: {some(list(map(repr, state)))}.")

@@ -180,12 +180,13 @@ _READERS = {
 }
 
 
-def as_torch(norm: Norm, spatial: int = 2) -> Any:
+def as_torch(norm: Norm, ndim: int = 4) -> Any:
     """The PyTorch module that a norm is, with its values. Its x has the channels second.
 
     Args:
       norm: of :func:`of_torch`, :func:`of_nnx` or :func:`of_linen`, or made by hand.
-      spatial: the number of axes of x beside batch and channels, which is in the names of PyTorch's classes: 0 or 1 for BatchNorm1d.
+      ndim: the number of axes of x, batch and channels included, which is in the names of PyTorch's classes: 2 or 3 for BatchNorm1d, 4
+        for BatchNorm2d.
 
     Returns:
       The module, in training mode. Where the norm has one of scale and bias, and PyTorch's class both or none, the other is 1 or 0 and
@@ -206,12 +207,12 @@ def as_torch(norm: Norm, spatial: int = 2) -> Any:
     torch = import_torch()
     if norm.activation is not None:
         raise ValueError("PyTorch's norms have no activation: put it after, and pass dataclasses.replace(norm, activation=None).")
-    _check_axes(norm, spatial)
+    _check_axes(norm, ndim)
     has = norm.scale is not None or norm.bias is not None
     # All have one dtype there. That of the statistics is the wider one as a rule, in which PyTorch takes x of bfloat16 too.
     dtypes = [a.dtype for a in (norm.scale, norm.bias, norm.mean, norm.var) if a is not None]
     options: dict[str, Any] = {"eps": norm.epsilon}
-    channels, dims = norm.shape[0], f"{max(spatial, 1)}d"
+    channels, dims = norm.shape[0], f"{max(ndim - 2, 1)}d"
     if norm.runs:
         options |= _running_options(norm)
     if norm.kind == "BatchNorm" or _is_over_batch(norm):
@@ -231,7 +232,7 @@ def _is_over_batch(norm: Norm) -> bool:
     return norm.kind == "LayerNorm" and norm.reduction_axes is not None and 0 in norm.reduction_axes
 
 
-def _check_axes(norm: Norm, spatial: int) -> None:
+def _check_axes(norm: Norm, ndim: int) -> None:
     """PyTorch's classes have their axes by themselves: these have to be the same, wherever the channels of x are here."""
     told = f"this one has reduction_axes={norm.reduction_axes} and feature_axes={norm.feature_axes}."
     if norm.kind in ("LayerNorm", "RMSNorm") and not _is_over_batch(norm):
@@ -244,14 +245,14 @@ def _check_axes(norm: Norm, spatial: int) -> None:
     if norm.reduction_axes is None or norm.kind == "BatchNorm":
         return
     # That of a batch norm says how many axes x has: (batch, channels) and (batch, channels, length) are of one class there.
-    ndim = len(norm.reduction_axes) + 1 if _is_over_batch(norm) and spatial < 2 else spatial + 2
-    reduced, channels = {a % ndim for a in norm.reduction_axes}, norm.feature_axes[0] % ndim
+    axes = len(norm.reduction_axes) + 1 if _is_over_batch(norm) and ndim < 4 else ndim
+    reduced, channels = {a % axes for a in norm.reduction_axes}, norm.feature_axes[0] % axes
     batch = set() if _is_over_batch(norm) else {0}
     if norm.kind == "GroupNorm":
         reduced.discard(channels)
-    if reduced != set(range(ndim)) - batch - {channels} or ndim > max(spatial, 1) + 2:
+    if reduced != set(range(axes)) - batch - {channels} or axes > max(ndim, 3):
         name = "BatchNorm" if _is_over_batch(norm) else norm.kind
-        raise ValueError(f"PyTorch's {name} of x with {ndim} axes (spatial={spatial}) reduces all of its positions; {told}")
+        raise ValueError(f"PyTorch's {name} of x with ndim={axes} reduces all of its positions; {told}")
 
 
 def _running_options(norm: Norm) -> dict[str, Any]:
