@@ -28,7 +28,8 @@ def fold(model: Any, *args: Any, layers: Layers | None = None, **kwargs: Any) ->
     A norm folds into the layer before it where that layer's output goes to nothing else; else into the layer after it, where its own
     output goes to nothing else, and no zeros are padded between: there the shift would be missing at the border. It stays, and the report
     says why, where neither is so: at an activation, a pooling or a sum between them, a layer or a norm that is called twice, an output
-    that is also given out or sown, in the body of a loop, or where the statistics are those of each sample.
+    that is also given out or sown, in the body of a loop, under `vmap` or a derivative that the model takes itself, or where the statistics
+    are those of each sample.
 
     The result is the model for this call, and for others of the same way through it: another method, or a switch that takes another way,
     finds the layers as they are folded, also where it does not call the norm.
@@ -54,6 +55,11 @@ def fold(model: Any, *args: Any, layers: Layers | None = None, **kwargs: Any) ->
       Kernels are computed in at least float32 and rounded once to their own dtype. The output is that of the model in evaluation but for
       rounding: with bfloat16 kernels that is each kernel's. A float16 kernel may overflow, where a small running variance or a large scale
       makes it larger than 65504.
+
+    Distributed:
+      New kernels and biases are sharded as those that they take the place of, whatever the sharding of the norm's variables; those of
+      wrapped layers as their wrapper's computation leaves them. A bias that a layer gets is sharded as the outputs of its kernel, and has
+      no metadata; what is added where a layer has no place for it lies on all devices of the mesh.
 
     Example:
       >>> import jax.numpy as jnp, jnorm.tools

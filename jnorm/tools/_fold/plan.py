@@ -12,6 +12,7 @@ from .._layers import freshly_traced
 from .calls import Calls, state_of
 from .graph import Graph, Value, graph_of
 from .maps import along, evaluation_map, folding_dtype, into_next, into_previous, narrowed, plus, with_complex
+from .places import compiled, places
 from .report import Folding, Report
 from .steps import KeptError, leaf_text
 from .walks import Layer, layer_after, layer_before
@@ -165,7 +166,8 @@ def folded_values(
       variables: of each norm in `pairs`, by path.
     """
     used = {key: values[key] for pair in pairs for key in (pair.layer.kernel, pair.layer.bias) if key in values}
-    return jax.jit(lambda used, variables: _folded(used, pairs, calls, variables))(used, {p.norm: dict(variables[p.norm]) for p in pairs})
+    some = {p.norm: dict(variables[p.norm]) for p in pairs}
+    return compiled(lambda used, variables: _folded(used, pairs, calls, variables), places(used, some, pairs))(used, some)
 
 
 def _folded(used: Any, pairs: list[Pair], calls: Calls, variables: Any) -> Any:
