@@ -114,8 +114,8 @@ class Calls:
         found = graph.marks(path, "in")
         if len(found) != 1:
             raise KeptError(f"it is called {len(found)} times" if found else "what it gives out is not used")
-        if found[0].params["mapped"]:
-            raise KeptError("it is called under vmap")
+        if under := found[0].params["under"]:
+            raise KeptError(f"it is called under {under}")
         return self.seen[path]
 
 

@@ -27,13 +27,14 @@ _CALLS = {
 
 # An identity that tells where in a program a norm begins and ends. It means nothing to a program that is run.
 mark_p = new_primitive("jnorm_mark", lambda x, **_: [x], lambda _, x, **__: [x])
-batching.primitive_batchers[mark_p] = lambda xs, axes, **params: (mark_p.bind(*xs, **{**params, "mapped": True}), axes)
-ad.primitive_jvps[mark_p] = lambda xs, ts, **params: (mark_p.bind(*xs, **params), list(ts))
+batching.primitive_batchers[mark_p] = lambda xs, axes, **params: (mark_p.bind(*xs, **{**params, "under": "vmap"}), axes)
+# Tangents are not marked, and would pass a folded norm unscaled.
+ad.primitive_jvps[mark_p] = lambda xs, ts, **params: (mark_p.bind(*xs, **{**params, "under": "a derivative"}), list(ts))
 
 
 def mark(x: Any, path: str, end: str) -> jax.Array:
     """x, which is where the norm at `path` begins ("in") or ends ("out")."""
-    return mark_p.bind(jnp.asarray(x), path=path, end=end, mapped=False)[0]
+    return mark_p.bind(jnp.asarray(x), path=path, end=end, under="")[0]
 
 
 @dataclasses.dataclass(eq=False)

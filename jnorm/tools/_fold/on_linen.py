@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import DenyList, FrozenDict, freeze, meta, unfreeze
 
 from ... import linen as jnn
-from .._layers import NORMS_LINEN, Layers, chosen, none_of
+from .._layers import NORMS_LINEN, Layers, chosen, freshly_traced, none_of
 from .calls import Calls, finished, has_layer
 from .plan import Key, einsum_order, folded_values, key_of, plan, trace, with_bias
 from .report import Report
@@ -19,6 +19,7 @@ from .walks import Layer
 _CLASSES = (*NORMS_LINEN, jnn.FeatureStandardization)
 _WRAPPERS = (jnn.SpectralNorm, jnn.WeightNorm, jnn.WeightStandardization)
 _LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
+_USED = "jnorm_used"  # a collection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,8 @@ def fold_linen(model: nn.Module, variables: Any, args: tuple, kwargs: dict, laye
         kinds.setdefault(path, set()).add(type(module))
         if context.method_name != "__call__":
             return call(*args, **kwargs)
-        if isinstance(module, _WRAPPERS):
+        # In a scan or under vmap, which lift no other collections than they are told to, a wrapper stays.
+        if isinstance(module, _WRAPPERS) and module.is_mutable_collection(_USED):
             wrappers[path] = module.layer_instance.path
             return _unwrapped(module, args, kwargs)
         if isinstance(module, _LAYERS):
@@ -176,21 +178,21 @@ def plain_variables(model: nn.Module, variables: Any, args: tuple, kwargs: dict,
     zeros = [jnp.zeros(a.shape, a.dtype) if hasattr(a, "shape") and not jnp.issubdtype(a.dtype, jax.dtypes.extended) else a for a in leaves]
     some_args, some_kwargs = jax.tree.unflatten(structure, zeros)
 
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if context.method_name == "__call__" and module.path in wrappers.values() and not isinstance(module, _WRAPPERS):
+            module.put_variable(_USED, "params", module.variables["params"])  # which brings them out of nn.jit and nn.remat
+        return call(*args, **kwargs)
+
     def used(variables: Any) -> dict[Key, jax.Array]:
-        seen: dict[Key, jax.Array] = {}
-
-        def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            module = context.module
-            if context.method_name == "__call__" and module.path in wrappers.values() and not isinstance(module, _WRAPPERS):
-                params = jax.tree_util.tree_leaves_with_path(module.variables["params"])
-                seen.update({(*module.path, *key_of(path)): a for path, a in params})
-            return call(*args, **kwargs)
-
         with nn.intercept_methods(intercept):
-            model.apply(variables, *some_args, mutable=True, **some_kwargs)
-        return seen
+            _, after = model.apply(variables, *some_args, mutable=True, **some_kwargs)
+        found = ((layer, _at(after[_USED], layer)) for layer in wrappers.values())
+        trees = ((layer, jax.tree_util.tree_leaves_with_path(tree["params"])) for layer, tree in found if "params" in tree)
+        return {(*layer, *key_of(path)): a for layer, tree in trees for path, a in tree}
 
-    plain = _replaced(variables, jax.jit(used)(variables))
+    with freshly_traced():
+        plain = _replaced(variables, jax.jit(used)(variables))
     for path, layer in wrappers.items():
         for kind, tree in plain.items():
             own = [name for name in _at(tree, _split(path)) if name.startswith(f"{layer[-1]}/")]
