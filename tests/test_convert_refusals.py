@@ -153,7 +153,11 @@ def test_what_flax_and_a_model_cannot_do():
 
 CONVOLUTIONS = {
     "strides": ({"strides": 2, "padding": 1}, {"padding": 1}, "strides is (2, 2) here, (1, 1) there"),
-    "same": ({"strides": 2}, {"stride": 2, "padding": 1}, 'padding="SAME" with strides (2, 2) depends on the size of x'),
+    "same": (
+        {"strides": 2},
+        {"stride": 2, "padding": 1},
+        'padding="SAME" here, padding=[(1, 1), (1, 1)] there, where the name with strides (2, 2) depends on the size of x',
+    ),
     "padding": ({"padding": "VALID"}, {"padding": 1}, "padding=[(0, 0), (0, 0)] here, padding=[(1, 1), (1, 1)] there"),
     "mode": ({"padding": 1}, {"padding": 1, "padding_mode": "reflect"}, "reflect there"),
     "groups": ({"feature_group_count": 2}, {"padding": 1}, "groups is 2 here, 1 there"),

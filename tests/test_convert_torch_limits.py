@@ -83,7 +83,7 @@ NEGATIVE_AXES = jnx.LayerNorm(4, reduction_axes=-2, feature_axes=-2, rngs=RNGS)
         (ATTENTION, torch.nn.MultiheadAttention(8, 2, add_zero_attn=True), "add_zero_attn=True there"),
         (ATTENTION, torch.nn.MultiheadAttention(8, 2, add_bias_kv=True), "add_bias_kv=True there"),
         (nnx.MultiHeadAttention(2, 8, decode=False, normalize_qk=True, rngs=RNGS), {}, "normalize_qk=True"),
-        (nnx.Conv(3, 3, (3, 3), padding="VALID", input_dilation=2, rngs=RNGS), CONV, "input_dilation is 2 here"),
+        (nnx.Conv(3, 3, (3, 3), padding="VALID", input_dilation=2, rngs=RNGS), CONV, "input_dilation is (2, 2) here, (1, 1) there"),
         (
             nnx.Conv(3, 3, (3, 3), padding="CIRCULAR", rngs=RNGS),
             torch.nn.Conv2d(3, 3, 3, padding=2, padding_mode="circular"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from ._convolutions import Convolution, convolution, differences, of_flax, reaches
 from ._match import some, told
 from ._norm import Norm
 from ._torch import of_torch
@@ -26,7 +27,6 @@ _KINDS_OF = {
     "PReLU": ("PReLU",),
     "MultiheadAttention": ATTENTION,
 }
-Pads = tuple[tuple[int, int], ...]
 
 
 def set_norms(model: Model, source: Any, name: Callable[[str], str], paths: set[str]) -> None:
@@ -59,7 +59,7 @@ def _problems(model: Model, source: Any, name: Callable[[str], str], paths: set[
         elif kind in ATTENTION and hasattr(theirs, "add_zero_attn"):
             found = _attention_problems(layer.module, theirs)
         elif kind in ("Conv", "ConvTranspose") and hasattr(theirs, "padding_mode"):
-            found = _conv_problems(layer.module, theirs)
+            found = differences(of_flax(layer.module), _convolution(theirs))
         else:
             found = []
         problems += [f"{told(path)}: {problem}" for problem in found]
@@ -70,6 +70,14 @@ def _other_kind(kind: str, theirs: Any) -> str | None:
     """What a layer is there, if it is not the same; a class of the user's own may be anything."""
     there = next((base.__name__ for base in type(theirs).__mro__ if base.__name__ in _KINDS_OF), None)
     return None if there is None or kind in _KINDS_OF[there] else there
+
+
+def _convolution(theirs: Any) -> Convolution:
+    padding = theirs.padding
+    if theirs.transposed:  # around the dilated x
+        each = zip(reaches(theirs.kernel_size, theirs.dilation), padding, theirs.output_padding, strict=True)
+        padding = [(k - 1 - p, k - 1 - p + more) for k, p, more in each]
+    return convolution(theirs.kernel_size, theirs.stride, theirs.dilation, theirs.groups, padding, theirs.padding_mode)
 
 
 def _attention_problems(ours: Any, theirs: Any) -> list[str]:
@@ -137,69 +145,3 @@ def _axes_problems(ours: Any, norm: Norm) -> list[str]:
 
 def _close(a: Any, b: Any) -> bool:
     return a == b if a is None or b is None else abs(a - b) <= 1e-6 * abs(b)  # 1 - momentum is rounded
-
-
-# --- Convolutions ---------------------------------------------------------------------------------------------------------------------
-
-
-def _conv_problems(ours: Any, theirs: Any) -> list[str]:
-    n, problems = len(theirs.kernel_size), []
-    strides, dilation = _spread(ours.strides, n), _spread(ours.kernel_dilation, n)
-    if any(d != 1 for d in _spread(getattr(ours, "input_dilation", 1), n)):
-        problems.append(f"input_dilation is {ours.input_dilation} here, which is a transposed convolution there")
-    here = {"strides": strides, "dilation": dilation, "groups": getattr(ours, "feature_group_count", 1)}
-    there = {"strides": tuple(theirs.stride), "dilation": tuple(theirs.dilation), "groups": theirs.groups}
-    problems += [f"{key} is {here[key]} here, {there[key]} there" for key in here if here[key] != there[key]]
-    mode = ours.padding if isinstance(ours.padding, str) else "explicit"
-    circular = {"CIRCULAR": "circular", "REFLECT": "reflect"}
-    if theirs.padding_mode != circular.get(mode, "zeros"):
-        return [*problems, f"the padding is {ours.padding!r} here, {theirs.padding_mode} there"]
-    if problems:
-        return problems
-    sizes = [d * (k - 1) + 1 for d, k in zip(dilation, theirs.kernel_size, strict=True)]
-    want = _pads_of_transpose(theirs, sizes) if type(ours).__name__ == "ConvTranspose" else _pads_of(theirs, sizes)
-    pads = _pads(ours, sizes, strides, transpose=type(ours).__name__ == "ConvTranspose")
-    if pads is None:
-        return [f'padding="{ours.padding}" with strides {strides} depends on the size of x; the source has {_told(want)}']
-    return [] if pads == want else [f"the padding is {_told(pads)} here, {_told(want)} there"]
-
-
-def _told(pads: Pads) -> str:
-    return f"padding={list(pads)}"
-
-
-def _spread(value: Any, n: int) -> tuple[int, ...]:
-    return (1,) * n if value is None else (value,) * n if isinstance(value, int) else tuple(value)
-
-
-def _pads_of(theirs: Any, sizes: list[int]) -> Pads:
-    if theirs.padding == "valid":
-        return ((0, 0),) * len(sizes)
-    if theirs.padding == "same":
-        return tuple(((k - 1) // 2, k - 1 - (k - 1) // 2) for k in sizes)
-    return tuple((p, p) for p in theirs.padding)
-
-
-def _pads_of_transpose(theirs: Any, sizes: list[int]) -> Pads:
-    """Around the dilated x, as XLA has it."""
-    return tuple((k - 1 - p, k - 1 - p + more) for k, p, more in zip(sizes, theirs.padding, theirs.output_padding, strict=True))
-
-
-def _pads(ours: Any, sizes: list[int], strides: tuple[int, ...], transpose: bool) -> Pads | None:
-    """Around x, or around a dilated x; None where they depend on its size."""
-    padding = ours.padding
-    if not isinstance(padding, str):
-        each = (padding,) * len(sizes) if isinstance(padding, int) else tuple(padding)
-        return tuple((p, p) if isinstance(p, int) else tuple(p) for p in each)
-    if padding in ("CIRCULAR", "REFLECT") and not transpose:
-        return tuple(((k - 1) // 2, k // 2) for k in sizes)
-    if padding == "VALID":
-        return tuple((k - 1, s - 1 + max(k - s, 0)) if transpose else (0, 0) for k, s in zip(sizes, strides, strict=True))
-    if padding != "SAME":
-        return None
-    if transpose:
-        totals = [(k + s - 2, k - 1 if s > k - 1 else -(-(k + s - 2) // 2)) for k, s in zip(sizes, strides, strict=True)]
-        return tuple((low, total - low) for total, low in totals)
-    if any(s > 1 and k > 1 for k, s in zip(sizes, strides, strict=True)):
-        return None
-    return tuple(((k - 1) // 2, k - 1 - (k - 1) // 2) for k in sizes)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._convolutions import convolution
 from ._haiku import count_of, steps_of
 from ._norm import Norm
 from ._source import Weights, dotted, no_weights, note, note_norm
@@ -188,7 +189,7 @@ def weights_of_equinox(model: Any, state: Any = None, *, channels_last: bool = T
       channels_last: as of :func:`of_equinox`.
 
     Returns:
-      Arrays by "path.to.layer.variable", and the norms with their hyperparameters.
+      Arrays by "path.to.layer.variable", the norms with their hyperparameters, and how convolutions go over x.
 
     Raises:
       ValueError: as :func:`of_equinox`, with the layer's path.
@@ -229,6 +230,7 @@ def _walk(weights: Weights, node: Any, name: str, state: Any, channels_last: boo
             note(weights, dotted(name, ours), _plain(getattr(node, theirs)))
     elif own and (kind == "Linear" or (kind.startswith("Conv") and "Transpose" not in kind) or kind == "Embedding"):
         note(weights, name, _plain(node))
+        _note_convolution(weights, node, name)
     elif hasattr(node, "__dataclass_fields__") or isinstance(node, list | tuple | dict):
         items = enumerate(node) if isinstance(node, list | tuple) else node.items() if isinstance(node, dict) else vars(node).items()
         for key, child in items:
@@ -247,6 +249,12 @@ def _plain(layer: Any) -> dict[str, Any]:
     return {"kernel": weight.transpose(*range(2, weight.ndim), 1, 0), "bias": bias}
 
 
+def _note_convolution(weights: Weights, layer: Any, name: str) -> None:
+    if type(layer).__name__.startswith("Conv"):
+        padding, mode = layer.padding, layer.padding_mode.lower()
+        weights.convolutions[name] = convolution(layer.kernel_size, layer.stride, layer.dilation, layer.groups, padding, mode)
+
+
 def _wrapped(weights: Weights, node: Any, name: str, state: Any) -> None:
     arrays = _plain(node.layer)
     kernel, weight = arrays["kernel"], np.asarray(node.layer.weight, np.float64)
@@ -261,4 +269,5 @@ def _wrapped(weights: Weights, node: Any, name: str, state: Any) -> None:
         sigma = u.astype(np.float64) @ weight.reshape(len(weight), -1) @ v
         beside, used = {"kernel_u": u, "kernel_sigma": np.asarray(sigma, u.dtype).reshape(1)}, weight / sigma
     note(weights, name, {**arrays, **beside})
+    _note_convolution(weights, node.layer, name)
     weights.plain[dotted(name, "kernel")] = used.transpose(*range(2, weight.ndim), 1, 0).astype(kernel.dtype)

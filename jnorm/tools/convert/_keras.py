@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ._convolutions import convolution
 from ._norm import Norm
 from ._source import Weights, dotted, no_weights, note, note_norm
 
@@ -171,6 +172,9 @@ def _momentum(norm: Norm) -> float:
 # --- Models ---------------------------------------------------------------------------------------------------------------------------
 
 _ATTENTION = {"query": "_query_dense", "key": "_key_dense", "value": "_value_dense", "out": "_output_dense"}
+_CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
+_DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D")
+_TRANSPOSED = ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
 
 
 def weights_of_keras(model: Any) -> Weights:
@@ -183,7 +187,8 @@ def weights_of_keras(model: Any) -> Weights:
       model: a `keras.Model`, sequential, functional or of your own, or one layer; built.
 
     Returns:
-      Arrays by "layer.variable", where a layer in a layer is "outer.inner", and the norms with their hyperparameters.
+      Arrays by "layer.variable", where a layer in a layer is "outer.inner", the norms with their hyperparameters, and how convolutions go
+      over x.
 
     Raises:
       ValueError: as :func:`of_keras`, with the layer's name.
@@ -251,8 +256,19 @@ def _note_own(weights: Weights, layer: Any, name: str) -> None:
 
 
 def _note_plain(weights: Weights, layer: Any, name: str) -> None:
+    depthwise, transposed = _is(layer, _DEPTHWISE), _is(layer, _TRANSPOSED)
     for variable in layer.weights:
         key, value = variable.name, array_of(variable)
-        if type(layer).__name__.startswith("DepthwiseConv") and key == "kernel":
+        if key == "kernel" and depthwise:
             value = value.reshape(*value.shape[:-2], 1, -1)  # of as many groups as there are channels
+        elif key == "kernel" and transposed:
+            key = "transposed_kernel"  # of a layout that must not pass for that of a convolution
         note(weights, name, {"embedding" if key == "embeddings" else key: value})
+    if depthwise or _is(layer, _CONVOLUTIONS):
+        groups = layer.kernel.shape[-2] if depthwise else layer.groups
+        weights.convolutions[name] = convolution(layer.kernel_size, layer.strides, layer.dilation_rate, groups, layer.padding)
+
+
+def _is(layer: Any, names: tuple[str, ...]) -> bool:
+    """Of one of these classes of Keras, or of one that is derived from it."""
+    return isinstance(layer, tuple(getattr(import_keras().layers, name) for name in names))

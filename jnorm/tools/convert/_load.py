@@ -37,9 +37,9 @@ def load(
     Args:
       model: gives the structure, the dtypes and the shardings. It stays as it is, and may be abstract (`nnx.eval_shape`).
       source: a PyTorch module; a state dict of it, of tensors or NumPy arrays; or what :func:`weights_of_keras`,
-        :func:`weights_of_haiku` or :func:`weights_of_equinox` give. A module's hyperparameters, which no state dict has, are taken too:
-        epsilon, momentum and the kind of running variance are set, and strides, paddings and groups compared. So are epsilon and momentum
-        of Keras's and Equinox's norms.
+        :func:`weights_of_haiku` or :func:`weights_of_equinox` give. Hyperparameters, which state dicts and Haiku's trees do not have, are
+        taken too: epsilon, momentum and the kind of running variance are set; strides, dilation, groups and padding of convolutions,
+        heads of attention and groups of norms are compared.
       rename: what the layers are called there: a dict of regular expressions and what to put in their place, one after the other; or a
         function. Of paths such as "layer1/0/conv1", in which the "layers" of an `nnx.Sequential` is left out, as in PyTorch.
       match: "name", or "order": the layers of both in the order of their definition. A copy of an NNX model (`nnx.clone`, `nnx.merge`)

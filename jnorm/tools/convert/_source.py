@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._convolutions import Convolution
 from ._norm import Norm
 
 
@@ -19,6 +20,7 @@ class Weights(NamedTuple):
       steps: how many steps a debiased average of that layer made, where the momentum is not known.
       debiased: what such averages are made from.
       heads: how many an attention has, where the source tells.
+      convolutions: by layer, its strides, dilation, groups and padding, where the source tells.
     """
 
     values: dict[str, np.ndarray]
@@ -27,14 +29,15 @@ class Weights(NamedTuple):
     steps: dict[str, int]
     debiased: dict[str, dict[str, np.ndarray]]
     heads: dict[str, int]
+    convolutions: dict[str, Convolution]
 
     def without_options(self) -> "Weights":
         """The values alone, as of a source that has no hyperparameters."""
-        return self._replace(norms={}, steps={}, debiased={}, heads={})
+        return self._replace(norms={}, steps={}, debiased={}, heads={}, convolutions={})
 
 
 def no_weights() -> Weights:
-    return Weights({}, {}, {}, {}, {}, {})
+    return Weights({}, {}, {}, {}, {}, {}, {})
 
 
 def note(weights: Weights, name: str, arrays: Mapping[str, Any]) -> None:

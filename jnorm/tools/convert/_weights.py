@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ._checks import problems_of
+from ._convolutions import differences, of_flax
 from ._entries import pairs_with, shapes_of
 from ._haiku import check_debiased, count_of
 from ._match import Asked, check_names, names_by_order, read, renamer, selected, some, told
 from ._source import Weights, dotted
-from ._trees import NORMS, Layer, Model, join
+from ._trees import ATTENTION, NORMS, Layer, Model, join
 
 _BESIDE = ("kernel_scale", "kernel_u", "kernel_sigma")
 
@@ -42,14 +43,12 @@ def values_of_weights(found: Model, weights: Weights, asked: Asked, set_too: boo
     values = read(found, pairs, _without_beside(weights, wrapped), paths, asked.ignore)
     problems: list[str] = []
     for path, layer in found.layers.items():
-        heads = weights.heads.get(name(layer.name))
-        if path in paths and heads is not None and heads != (ours := getattr(layer.module, "num_heads", heads)):
-            problems.append(f"{told(path)}: {ours} heads here, {heads} there")
-        if path in paths and type(layer.module).__name__ in NORMS:
-            wrong, count = _options_of(layer, weights, name(layer.name), set_too)
-            problems += [f"{told(path)}: {problem}" for problem in wrong]
-            if count is not None and (at_path := join(layer.prefix, "count")) in found.variables:
-                values[at_path] = np.asarray(count, np.float32)
+        if path not in paths:
+            continue
+        wrong, count = _compared(layer, weights, name(layer.name), set_too)
+        problems += [f"{told(path)}: {problem}" for problem in wrong]
+        if count is not None and (at_path := join(layer.prefix, "count")) in found.variables:
+            values[at_path] = np.asarray(count, np.float32)
     if problems:
         raise ValueError(
             f"the model does not do what the source does: {some(problems)}. Build it so, or pass weights.without_options() for the values "
@@ -74,8 +73,19 @@ def _without_beside(weights: Weights, wrapped: set[str]) -> dict[str, np.ndarray
     return state
 
 
+def _compared(layer: Layer, weights: Weights, name: str, set_too: bool) -> tuple[list[str], float | None]:
+    """What the layer here does otherwise, and the count that the average of a norm goes on with."""
+    kind = type(layer.module).__name__
+    if kind in NORMS:
+        return _options_of(layer, weights, name, set_too)
+    if kind in ATTENTION and name in weights.heads and (heads := layer.module.num_heads) != weights.heads[name]:
+        return [f"{heads} heads here, {weights.heads[name]} there"], None
+    if kind == "Conv" and name in weights.convolutions:
+        return differences(of_flax(layer.module), weights.convolutions[name]), None
+    return [], None
+
+
 def _options_of(layer: Layer, weights: Weights, name: str, set_too: bool) -> tuple[list[str], float | None]:
-    """What the norm here does otherwise, and the count that its average goes on with."""
     norm, module = weights.norms.get(name), layer.module
     if norm is not None:
         if type(module).__name__ == "InstanceNorm" and norm.kind == "GroupNorm" and norm.num_groups == math.prod(norm.shape):
