@@ -19,6 +19,20 @@ hypothesis.settings.register_profile("jnorm", deadline=None, derandomize=True, m
 hypothesis.settings.register_profile("jnorm-full", parent=hypothesis.settings.get_profile("jnorm"), max_examples=100)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "jnorm"))
 
+
+def pytest_addoption(parser):
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="of the tests that are left run the first of each N")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """A sample over all files, for an environment in which most tests ask again what another has answered."""
+    n = config.getoption("--one-in")
+    kept = items[::n]
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % n])
+    items[:] = kept
+
+
 COMPILED = "/jax/core/compile/backend_compile_duration"
 _compilations = [0]
 
@@ -68,7 +82,7 @@ def unoptimized():
 
 # Files of programs that run once or twice. Those that look at rounding, memory, or the program itself are for the compiler as it is.
 COMPILED_FAST = ("transforms", "modules", "linen", "nnx", "devices", "blend", "convert", "fine_tuning", "fold", "freeze", "inspect")
-COMPILED_FAST += ("param_masks", "recalibrate", "replace_norms", "tools_scale")
+COMPILED_FAST += ("docs", "param_masks", "recalibrate", "replace_norms", "tools_scale")
 
 
 @pytest.fixture(autouse=True)
