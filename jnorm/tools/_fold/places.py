@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Places = tuple[dict[Any, NamedSharding], dict[str, NamedSharding]]
@@ -42,4 +43,4 @@ def compiled(run: Callable[..., Any], there: Places | None) -> Callable[..., Any
 
 
 def _on_mesh(a: Any) -> bool:
-    return isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer) and isinstance(a.sharding, NamedSharding)
+    return isinstance(a, jax.Array) and not isinstance(a, Tracer) and isinstance(a.sharding, NamedSharding)
