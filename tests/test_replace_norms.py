@@ -215,6 +215,49 @@ def test_metadata_and_dtypes_stay():
     assert wide.scale.dtype == wide.bias.dtype == jnp.float32 and wide.scale.get_metadata()["out_sharding"] == ("model",)
 
 
+def shapes(module):
+    """By path; with nothing in it that is not abstract."""
+    found = {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(module))}
+    assert all(isinstance(a, jax.ShapeDtypeStruct) for a in found.values()), found
+    return {path: (a.shape, a.dtype) for path, a in found.items()}
+
+
+ABSTRACT = {
+    (nnx.BatchNorm, jnx.BatchRenorm): {},
+    (jnx.BatchRenorm, jnx.BatchNorm): {"track_count": True},
+    (nnx.BatchNorm, jnx.CrossMiniBatchNorm): {"num_mini_batches": 2},
+    (nnx.BatchNorm, jnx.GroupNorm): {"num_groups": 2, "param_dtype": jnp.float16},
+    (nnx.LayerNorm, jnx.GhostBatchNorm): {"group_size": 2},
+    (jnx.BatchNorm, jnx.MeanOnlyBatchNorm): {},
+}
+
+
+@pytest.mark.parametrize("old, like", ABSTRACT, ids=lambda kind: kind.__name__)
+def test_abstract_norms(old, like):
+    """They become what an instance of the class is in `nnx.eval_shape`."""
+    options = ABSTRACT[old, like]
+    norm = nnx.eval_shape(lambda: old(4, rngs=nnx.Rngs(0)))
+    want = shapes(nnx.eval_shape(lambda: like(4, rngs=nnx.Rngs(0), **options)))
+    assert shapes(tools.norm_like(norm, like, **options)) == want
+    model = tools.replace_norms(nnx.eval_shape(lambda: nnx.Sequential(old(4, rngs=nnx.Rngs(0)))), like, **options)
+    assert shapes(model.layers[0]) == want
+
+
+def test_abstract_models():
+    """Stacked layers, metadata, and what takes a checkpoint of the old class."""
+    model = nnx.eval_shape(lambda: nnx.vmap(lambda rngs: nnx.LayerNorm(4, rngs=rngs))(nnx.Rngs(0).split(3)))
+    new = tools.norm_like(model, jnx.BatchNorm)
+    assert shapes(new)["scale",] == shapes(new)["mean",] == ((3, 4), jnp.float32)
+    metadata = {"scale_metadata": {"note": "kept"}, "param_dtype": jnp.bfloat16}
+    norm = nnx.eval_shape(lambda: nnx.BatchNorm(4, **metadata, rngs=nnx.Rngs(0)))
+    wide = tools.norm_like(norm, jnx.GroupNorm, num_groups=2, param_dtype=jnp.float32)
+    assert wide.scale.note == "kept" and shapes(wide)["scale",] == ((4,), jnp.float32)
+    ours = tools.replace_norms(nnx.eval_shape(lambda: nnx.Sequential(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))), "jnorm")
+    values = nnx.state(nnx.Sequential(nnx.BatchNorm(4, rngs=nnx.Rngs(0))))
+    nnx.update(ours, values)
+    assert type(ours.layers[0]) is jnx.BatchNorm and ours(jnp.ones((2, 4))).shape == (2, 4)
+
+
 OLD = {
     "epsilon": 1e-3,
     "momentum": 0.8,

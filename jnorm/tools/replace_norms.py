@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -50,8 +51,11 @@ _AMONG["axis_index_groups"] = _AMONG["axis_name"]
 def replace_norms(model: Model, rule: Rule, *, layers: Layers | None = None, rngs: nnx.Rngs | None = None, **options: Any) -> Model:
     """A copy of an NNX model with other norms: of another class, or jnorm's in place of Flax's.
 
+    A model that is written in jnorm's classes takes the variables of one in Flax's by :func:`jnorm.tools.convert.load_flax`, and one norm
+    alone becomes jnorm's, with copies of its values, by `convert.of_nnx(norm).to_nnx()`.
+
     Args:
-      model: an NNX model. It stays as it is.
+      model: an NNX model, which may be abstract (`nnx.eval_shape`). It stays as it is.
       rule: a class, such as `jnorm.nnx.GroupNorm`: :func:`norm_like` makes its instances. Or "jnorm": Flax's BatchNorm, GroupNorm,
         InstanceNorm, LayerNorm and RMSNorm become jnorm's of the same name, with all of their variables; jnorm's own, and classes that
         derive from Flax's, stay. Or a function of path and norm, which is one of the copy's: it returns the module (or function) to put
@@ -123,7 +127,7 @@ def norm_like(norm: nnx.Module, like: Callable[..., Any], *, rngs: nnx.Rngs | No
       **options: of the constructor, in place of what is carried over.
 
     Returns:
-      The instance.
+      The instance; an abstract one of a norm that is abstract (`nnx.eval_shape`).
 
     Raises:
       TypeError: what is no norm, or Linen's.
@@ -147,6 +151,8 @@ def norm_like(norm: nnx.Module, like: Callable[..., Any], *, rngs: nnx.Rngs | No
     if "rngs" in taken:
         given["rngs"] = nnx.Rngs(0) if rngs is None else rngs
     new = like(features, **given)
+    if any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in _variables(norm).values()):
+        nnx.update(new, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nnx.state(new)))
     _take_variables(new, norm, given)
     return new
 
@@ -220,30 +226,43 @@ def _refuse_axes(axes: Any) -> Any:
 
 def _take_variables(new: Any, old: Any, given: Mapping[str, Any]) -> None:
     """The old norm's variables in place of those of the new one that mean the same."""
-    names = {name for name, v in vars(old).items() if isinstance(v, nnx.Variable)}
+    names = set(_variables(old))
     was, alike = _kind(type(old)), {_kind(type(old)), _kind(type(new))} <= set(_BATCH)
     if _kind(type(new)) != was:
         names &= {"scale", "bias", *(("mean", "var", "count", *marks.KEYS) if alike else ())}
     features, taken = _features(old), set()
     if _keeps(new, "std") and {"mean", "var"} <= set(vars(old)) and was in _BATCH:
-        new.std = old.var.replace(jnp.sqrt(old.var[...] + new.epsilon))
+        new.std = _changed(old.var, lambda var: jnp.sqrt(var + new.epsilon))
         taken.add("std")
     if _keeps(new, "var") and {"mean", "std"} <= set(vars(old)) and was in _BATCH:
-        new.var = old.std.replace(jnp.maximum(old.std[...] ** 2 - old.epsilon, 0))
+        new.var = _changed(old.std, lambda std: jnp.maximum(std**2 - old.epsilon, 0))
         taken.add("var")
     for name in sorted(names):
         if not _keeps(new, name) and not (name in marks.ADDED and isinstance(new, RUNNING_NNX)):
             continue
         variable = getattr(old, name)
         cast = name in ("scale", "bias") and "param_dtype" in given and variable.dtype != given["param_dtype"]
-        setattr(new, name, variable.replace(variable[...].astype(given["param_dtype"])) if cast else variable)
+        setattr(new, name, _changed(variable, lambda a: a.astype(given["param_dtype"])) if cast else variable)
         taken.add(name)
     _start_count(new, taken)
     # Of layers that are stacked, what is new is too.
-    stacked = {v.shape[:-1] for name, v in vars(old).items() if isinstance(v, nnx.Variable) and v.shape[-1:] == (features,)}
-    for name, v in list(vars(new).items()):
-        if isinstance(v, nnx.Variable) and name not in taken and stacked - {()}:
-            setattr(new, name, v.replace(jnp.broadcast_to(v[...], (*max(stacked), *v.shape))))
+    stacked = {v.shape[:-1] for v in _variables(old).values() if v.shape[-1:] == (features,)}
+    for name, v in _variables(new).items():
+        if name not in taken and stacked - {()}:
+            setattr(new, name, _changed(v, lambda a: jnp.broadcast_to(a, (*max(stacked), *a.shape))))
+
+
+def _variables(norm: Any) -> dict[str, Any]:
+    return {name: v for name, v in vars(norm).items() if isinstance(v, nnx.Variable)}
+
+
+def _changed(variable: Any, change: Callable[[Any], Any]) -> Any:
+    """The variable with its value changed; of an abstract norm with the shape and dtype of that."""
+    value = variable.get_value()
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return variable.replace(change(value))
+    new = jax.eval_shape(change, value)
+    return variable.replace(value.update(shape=new.shape, dtype=new.dtype))
 
 
 def _keeps(new: Any, name: str) -> bool:
@@ -253,4 +272,4 @@ def _keeps(new: Any, name: str) -> bool:
 def _start_count(new: Any, taken: set[str]) -> None:
     """Where a count is new beside statistics that are not, it is that of many batches: with 0 the next batch alone would count."""
     if "mean" in taken and "count" not in taken and _keeps(new, "count") and new.momentum is not None and new.momentum < 1:
-        new.count = new.count.replace(jnp.full_like(new.count[...], 1 / (1 - new.momentum)))
+        new.count = _changed(new.count, lambda count: jnp.full_like(count, 1 / (1 - new.momentum)))

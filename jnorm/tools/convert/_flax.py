@@ -22,6 +22,8 @@ def load_flax(model: nnx.Module, source: Any) -> Any:
 
     The variables are the same, at the same paths, but for the scales of `WeightNorm`: bare arrays in Flax's class, parameters in jnorm's.
     A checkpoint of these Orbax does not restore into the model: restore it without a target, and give it to this function.
+    Where no code of jnorm's classes is written, :func:`jnorm.tools.replace_norms` with "jnorm" makes the model of Flax's one; for one norm
+    there is `of_nnx(norm).to_nnx()`.
 
     Args:
       model: of jnorm's classes; it stays as it is, and may be abstract (`nnx.eval_shape`).

@@ -153,6 +153,9 @@ class Norm:
 def of_nnx(module: Any, shape: tuple[int, ...] | None = None) -> Norm:
     """The norm that an NNX module is, of jnorm's or of Flax's classes.
 
+    `of_nnx(norm).to_nnx()` is jnorm's module of one norm, with copies of its values; :func:`jnorm.tools.replace_norms` with "jnorm" puts
+    jnorm's in place of all norms of a model, and :func:`load_flax` fills a model that is written in jnorm's classes.
+
     Args:
       module: an instance of one of the classes that :class:`Norm` names.
       shape: the sizes of the feature axes, where there are several: an NNX module has all features in one axis of its variables. None:
