@@ -48,6 +48,8 @@ def test_the_choice_by_path(layers, want):
 def test_no_choice(layers, kind):
     with refuses(f"{layers!r}", "layers", kind=kind):
         _layers.chosen(PATHS, layers)
+    with refuses(f"{layers!r}", "flattened", kind=kind):  # as it is called there
+        _layers.chosen(PATHS, layers, "layers", "flattened")
 
 
 def test_states_in_a_tree():

@@ -52,7 +52,7 @@ def chosen(paths: Iterable[str], layers: Layers | None, what: str = "norms", arg
     paths = list(paths)
     if layers is None:
         return paths
-    asks = _asks(layers)
+    asks = _asks(layers, argument)
     found = [{path for path in paths if (ask(path) if callable(ask) else _matches(path, ask))} for ask in asks]
     for ask, some in zip(asks, found, strict=True):
         if not some:
@@ -60,12 +60,12 @@ def chosen(paths: Iterable[str], layers: Layers | None, what: str = "norms", arg
     return [path for path in paths if any(path in some for some in found)]
 
 
-def _asks(layers: Layers) -> list[str | Callable[[str], bool]]:
+def _asks(layers: Layers, argument: str) -> list[str | Callable[[str], bool]]:
     asks: list[Any] = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     if not all(isinstance(ask, str) or callable(ask) for ask in asks):
-        raise TypeError(f"layers must be a pattern of paths, several of them, a function from path to bool, or None, got {layers!r}.")
+        raise TypeError(f"{argument} must be a pattern of paths, several of them, a function from path to bool, or None, got {layers!r}.")
     if not asks:
-        raise ValueError(f"layers={layers!r} asks for nothing; leave it out, or give None, for all.")
+        raise ValueError(f"{argument}={layers!r} asks for nothing; leave it out, or give None, for all.")
     return asks
 
 
