@@ -11,7 +11,7 @@ from flax import nnx
 from ... import nnx as jnx
 from ..._pipeline.marks import STATISTICS
 from .._layers import NORMS_NNX, RUNNING_NNX, is_state, nnx_norms, path_text
-from .._nnx_states import read_states
+from .._nnx_states import read_states, write_states
 from ._variables import check_prefix, of_variables
 
 _APART = (jnx.GhostBatchNorm, jnx.TrackedInstanceNorm)
@@ -151,12 +151,7 @@ def _on_copy(function: Any, model: nnx.Module, returns: int | None = None) -> Ca
     def run(arrays: Any, state: Any, batch: Any) -> Any:
         copy = nnx.merge(definition, arrays)
         norms = nnx_norms(copy)
-        for path, entries in state.items():
-            for key, entry in entries.items():
-                if not hasattr(norms[path], key):  # what it collects
-                    setattr(norms[path], key, nnx.BatchStat(entry))
-                else:
-                    getattr(norms[path], key).set_value(entry)
+        write_states(norms, state)
         result = function(copy, batch)
         both = result, read_states({path: norms[path] for path in state})
         return both if returns is None else both[returns]
