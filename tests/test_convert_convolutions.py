@@ -219,7 +219,7 @@ def test_keras_causal_otherwise(keras):
 
 
 def test_keras_depthwise_otherwise(keras):
-    """The same kernels, of x of eight channels here."""
+    """The same kernel, for x of two channels here."""
     weights = convert.weights_of_keras(of_keras(keras, "DepthwiseConv2D", kernel_size=3, padding="same"))
     refused(weights, {"feature_group_count": 2}, "groups is 2 here, 4 there", (2, 5, 5, 2))
 

@@ -181,7 +181,8 @@ def weights_of_keras(model: Any) -> Weights:
     """The weights of a Keras model, by the names of its layers, for :func:`load` and :func:`load_linen`.
 
     Dense, Conv1D, 2D and 3D, DepthwiseConv, Embedding, MultiHeadAttention, the norms of :func:`of_keras`, SpectralNormalization around one
-    of the former, and models and layers of these. What else has weights is there under its own names, which :func:`load` lists as left.
+    of the former, and models and layers of these. What else has weights is there under its own names, which :func:`load` lists as
+    left; the kernel of a transposed convolution as transposed_kernel.
 
     Args:
       model: a `keras.Model`, sequential, functional or of your own, or one layer; built.
