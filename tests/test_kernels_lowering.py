@@ -18,7 +18,7 @@ import jnorm
 import native_fuzz as fuzz
 from cases import BY_NAME, replace
 from native_fuzz import native
-from pairwise import checkerboard
+from pairwise import checkerboard, every_other
 
 each_form = pytest.mark.parametrize("form", [pytest.param("native", marks=native), "xla"])
 SHAPE = (8, 4, 3, 16)
@@ -238,6 +238,31 @@ def test_export_with_native_kernels_is_refused_by_jax():
     x = jnp.ones((8, 16))
     with jnorm.kernels("native"), pytest.raises(ValueError, match="(?s)Cannot serialize code with custom calls.*jnorm_row_norm"):
         jax.export.export(jax.jit(jnorm.layer_norm))(x)
+
+
+SYMBOLIC = ["batch_norm_relu_residual", "batch_norm_mask", "batch_norm_evaluate", "tracked_instance_norm", "filter_response_norm"]
+SYMBOLIC += ["batch_renorm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "local_response_norm", "divisive_norm"]
+
+
+@pytest.mark.parametrize("name", every_other(SYMBOLIC))
+def test_export_for_any_batch(name):
+    """Values and gradients of a program with a symbol for the batch, exported whatever kernels are chosen, run on two batches."""
+    case = case_of(name)
+    given = cases.inputs(case)
+    batched = [key for key in ("x", "dy", "residual", "mask") if key in given and given[key].shape[0] == len(given["x"])]
+    rest = {key: value for key, value in given.items() if key not in batched}
+
+    def run(arrays):
+        return cases.value_and_gradients(case)(arrays | rest)
+
+    (b,) = jax.export.symbolic_shape("b")
+    exported = jax.export.export(jax.jit(run))({k: jax.ShapeDtypeStruct((b, *given[k].shape[1:]), given[k].dtype) for k in batched})
+    for rows in (slice(None), slice(0, 2)):
+        arrays = {key: given[key][rows] for key in batched}
+        with jnorm.kernels("xla"):
+            want = jax.jit(run)(arrays)
+        for one, two in zip(jax.tree.leaves(exported.call(arrays)), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])

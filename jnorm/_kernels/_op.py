@@ -67,8 +67,7 @@ class Op:
 
     def _abstract(self, *avals: Any, **params: Any) -> list:
         like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-        largest = max(avals, key=lambda a: a.size)
-        return result_avals(largest, jax.eval_shape(functools.partial(self.form, spans=one_device, **params), *like))
+        return result_avals(avals[_index_of_x(avals)], jax.eval_shape(functools.partial(self.form, spans=one_device, **params), *like))
 
     # --- AD ---------------------------------------------------------------------------------------------------------------
 
@@ -110,12 +109,23 @@ class Op:
     def _lowering(self, form: Callable, native: Callable | None = None) -> Callable:
         def lower(context: Any, *operands: Any, **params: Any) -> Any:
             # Asked here: the compiler calls the body back on a thread of its own, where another choice may hold.
-            body = functools.partial(native_or(form, native) if native and active() == "native" else form, **params)
+            chosen = native_or(form, native) if native and active() == "native" and _all_known(context.avals_in) else form
+            body = functools.partial(chosen, **params)
             if automatic_device_count(context) > 1:
                 return lower_as(_partitioned(body, context.avals_in, context.avals_out), context, *operands)
             return lower_as(functools.partial(body, spans=one_device), context, *operands)
 
         return lower
+
+
+def _index_of_x(avals: Sequence) -> int:
+    """The operand that is constant along the fewest axes. Sizes may be symbols, of which none is the larger."""
+    return max(range(len(avals)), key=lambda i: sum(n != 1 for n in avals[i].shape))
+
+
+def _all_known(avals: Sequence) -> bool:
+    """Whether all sizes are numbers: `jax.export` takes symbols, of which no kernel knows whether it has the case."""
+    return all(isinstance(n, int) for a in avals for n in a.shape)
 
 
 def native_or(form: Callable, native: Callable) -> Callable:
@@ -146,7 +156,7 @@ def _transpose(f: Op, g: Op, cotangents: Sequence, /, *operands: Any, **params: 
 
 def _partitioned(body: Callable, avals_in: Sequence, avals_out: Sequence) -> Callable:
     """`body` run on every device's part, which merges what it reduces: x is never gathered."""
-    large = max(range(len(avals_in)), key=lambda i: avals_in[i].size)
+    large = _index_of_x(avals_in)
     full = avals_in[large].shape
     x64 = x64_enabled()
 

@@ -66,7 +66,9 @@ def _cut_of(batch: Batch, group_size: int, grouping: Grouping, remainder: Remain
         raise ValueError(
             f"the first axis of x is the batch, which is cut into groups, and must be none of feature_axes; x is {batch.x.shape}."
         )
-    examples = len(batch.x)
+    examples = batch.x.shape[0]
+    if not isinstance(examples, int):
+        raise ValueError(f"the batch is cut into groups, for which its size must be a number and not a symbol; x is {batch.x.shape}.")
     if group_size > examples:
         raise ValueError(f"group_size={group_size} is larger than the batch of {examples}; for one group over all of it use batch_norm.")
     if examples % group_size and remainder == "error":

@@ -15,6 +15,7 @@ from .._stats import AxisNames, Groups, Stats, canonical_axis_names, stats_dtype
 from ..typing import Activation, AxisIndexGroups, AxisName, Mask, Save
 from .axes import Layout
 from .marks import STATISTICS, UPDATES, marks_of
+from .values import as_array, as_dtype
 
 
 class Across(NamedTuple):
@@ -39,7 +40,7 @@ def _are_bound(axis_name: AxisName) -> bool:
 
 
 def check_x(x: Any, allow_complex: bool = False, name: str = "x") -> jax.Array:
-    x = jnp.asarray(x)
+    x = as_array(x, name)
     kinds = (jnp.floating, jnp.complexfloating) if allow_complex else (jnp.floating,)
     if not any(jnp.issubdtype(x.dtype, k) for k in kinds):
         hint = "only batch_norm takes complex x" if jnp.iscomplexobj(x) else f"convert it first, such as {name}.astype(jnp.float32)"
@@ -49,9 +50,10 @@ def check_x(x: Any, allow_complex: bool = False, name: str = "x") -> jax.Array:
 
 def check_state_dtype(dtype: Any) -> None:
     """Of a state that is made for real x."""
+    dtype = as_dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         hint = "; only batch_norm takes complex x" if jnp.issubdtype(dtype, jnp.complexfloating) else ""
-        raise TypeError(f"dtype must be floating, got {jnp.dtype(dtype)}{hint}.")
+        raise TypeError(f"dtype must be floating, got {dtype}{hint}.")
 
 
 def check_activation(activation: Activation | None) -> str | None:
@@ -125,7 +127,7 @@ def check_epsilon(epsilon: float) -> float:
 def check_residual(residual: Any, x: jax.Array) -> jax.Array | None:
     if residual is None:
         return None
-    residual = jnp.asarray(residual)
+    residual = as_array(residual, "residual")
     if residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {x.shape}, got {residual.shape}.")
     if jnp.iscomplexobj(residual) != jnp.iscomplexobj(x) or not jnp.issubdtype(residual.dtype, jnp.inexact):
@@ -137,7 +139,7 @@ def check_affine(value: Any, name: str, layout: Layout, x: jax.Array, of: str = 
     """Scale or bias, in the statistics' dtype."""
     if value is None:
         return None
-    value = jnp.asarray(value)
+    value = as_array(value, name)
     if value.shape != layout.feature_shape:
         raise ValueError(
             f"{name} must have the shape of {of}'s feature axes {layout.feature_shape}, got {value.shape}; {of} has shape {layout.shape}."
@@ -184,7 +186,7 @@ def check_given(statistics: Any, layout: Layout, x: jax.Array, evaluates: bool) 
 
 def check_dtype(dtype: Any, x: jax.Array) -> jnp.dtype:
     """y's dtype."""
-    result = x.dtype if dtype is None else jnp.dtype(dtype)
+    result = x.dtype if dtype is None else as_dtype(dtype)
     if not jnp.issubdtype(result, jnp.complexfloating if jnp.iscomplexobj(x) else jnp.floating):
         raise TypeError(f"dtype must be {'complex' if jnp.iscomplexobj(x) else 'floating'}, as x ({x.dtype}) is, got {result}.")
     return result
@@ -196,7 +198,7 @@ def broadcast_mask(mask: Mask | None, x: jax.Array) -> jax.Array | None:
         return None
     mask = jnp.asarray(mask)
     try:
-        fits = np.broadcast_shapes(mask.shape, x.shape) == x.shape
+        fits = jnp.broadcast_shapes(mask.shape, x.shape) == x.shape
     except ValueError:
         fits = False
     if not fits:

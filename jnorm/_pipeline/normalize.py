@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -43,8 +42,8 @@ class _Unit(NamedTuple):
     def _shape_of_map(self, stats: tuple[int, ...], shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
         """The common shape of shift, mul and add, all shapes being of x's rank."""
         try:
-            shape = np.broadcast_shapes(stats, *shapes[:3])
-            fits = np.broadcast_shapes(self.layout.shape, shape, *shapes[3:]) == self.layout.shape
+            shape = jnp.broadcast_shapes(stats, *shapes[:3])
+            fits = jnp.broadcast_shapes(self.layout.shape, shape, *shapes[3:]) == self.layout.shape
         except ValueError:
             shape, fits = (), False
         if not fits:
