@@ -106,6 +106,12 @@ class Unit(NamedTuple):
     shape: tuple[int, ...]
 
 
+def check_selected(left: Sequence[str], number: int) -> None:
+    """That a filter does not leave all of a layer's parameters: a wrapper that does nothing is a mistake."""
+    if left and len(left) == number:
+        raise ValueError(f"variable_filter selects none of the layer's parameters, which are {', '.join(left)}.")
+
+
 def check_scale_from(module: Any) -> None:
     if module.scale_from not in get_args(ScaleFrom):
         raise ValueError(f"scale_from must be one of {get_args(ScaleFrom)}, got {module.scale_from!r}.")
@@ -119,6 +125,7 @@ def unit_of(params: Mapping[tuple[Any, ...], Any], chosen: Sequence[tuple[Any, .
     def listed(paths: Iterable[tuple[Any, ...]]) -> list[str]:
         return ["/".join(map(str, path)) for path in paths]
 
+    check_selected([] if chosen else listed(params), len(params))
     if len(chosen) != 1:
         raise ValueError(
             f'scale_from="data" is for a layer with one normalized weight, but variable_filter selects {listed(chosen)} of '

@@ -462,33 +462,33 @@ REFUSED = {  # name -> (Linen, NNX, fragments)
     "several": (
         lambda: nn.Sequential([nn.Dense(3), nn.Dense(3)]),
         lambda r: nnx.Sequential(nnx.Linear(3, 3, rngs=r), nnx.Linear(3, 3, rngs=r)),
-        ("one normalized weight", "0/kernel", "1/kernel", "by itself"),
+        ('scale_from="data"', "one normalized weight", "0/kernel", "1/kernel", "by itself"),
     ),
-    "none": (lambda: nn.LayerNorm(), lambda r: nnx.LayerNorm(3, rngs=r), ("one normalized weight", "[]", "scale")),
+    "none": (lambda: nn.LayerNorm(), lambda r: nnx.LayerNorm(3, rngs=r), ("variable_filter selects none", "scale")),
     "more": (
         lambda: nn.Sequential([nn.Dense(3), nn.LayerNorm()]),
         lambda r: nnx.Sequential(nnx.Linear(3, 3, rngs=r), nnx.LayerNorm(3, rngs=r)),
-        ("plus a bias", "1/scale", "beside", "0/kernel"),
+        ('scale_from="data"', "plus a bias", "1/scale", "beside", "0/kernel"),
     ),
     "not linear": (
         lambda: nn.Sequential([nn.Dense(3), nn.relu]),
         lambda r: nnx.Sequential(nnx.Linear(3, 3, rngs=r), nnx.relu),
-        ("0/kernel", "not", "linear", "after the wrapped layer"),
+        ('scale_from="data"', "0/kernel", "not", "linear", "after the wrapped layer"),
     ),
     "several axes": (
         lambda: nn.DenseGeneral((2, 3)),
         lambda r: nnx.LinearGeneral(3, (2, 3), rngs=r),
-        ("bias has shape (2, 3)", "lengths (3,)", "feature_axes"),
+        ('scale_from="data"', "bias has shape (2, 3)", "lengths (3,)", "feature_axes"),
     ),
     "features in front": (
         lambda: nn.Sequential([nn.Dense(4), jnp.transpose]),
         lambda r: nnx.Sequential(nnx.Linear(3, 4, rngs=r), jnp.transpose),
-        ("features (4,) on its last axes", "(4, 16)"),
+        ('scale_from="data"', "features (4,) on its last axes", "(4, 16)"),
     ),
     "no array": (
         lambda: nn.Sequential([nn.Dense(4), lambda x: (x, x)]),
         lambda r: nnx.Sequential(nnx.Linear(3, 4, rngs=r), lambda x: (x, x)),
-        ("features (4,) on its last axes", "tuple"),
+        ('scale_from="data"', "features (4,) on its last axes", "tuple"),
     ),
 }
 
@@ -497,7 +497,7 @@ REFUSED = {  # name -> (Linen, NNX, fragments)
 @pytest.mark.parametrize("name", REFUSED)
 def test_layers_that_data_cannot_start(name, api):
     *layers, fragments = REFUSED[name]
-    with refuses("WeightNorm", 'scale_from="data"', *fragments):
+    with refuses("WeightNorm", *fragments):
         start_one(api, layers, data((16, 3)))
 
 
@@ -537,3 +537,13 @@ def test_the_function_is_what_the_layers_use():
     scale, _, by_hand = weight_norm_data_init(t.value.astype(np.float32), init_scale=DEVIATION)
     np.testing.assert_allclose(params["layer_instance/kernel/scale"], scale, rtol=256 * EPS)
     np.testing.assert_allclose(y, by_hand, atol=256 * EPS)
+
+
+@pytest.mark.parametrize("name", ["WeightNorm", "WeightStandardization", "NormalizationPropagation"])
+def test_a_filter_that_selects_nothing(name):
+    """A wrapper that does nothing is a mistake, most easily of spelling."""
+    told, x, rngs = f"{name}: variable_filter selects none of the layer's parameters", jnp.ones((1, 2)), nnx.Rngs(0)
+    with refuses(told, "layer_instance/bias, layer_instance/kernel"):
+        getattr(jnn, name)(nn.Dense(3), variable_filter={"kernle"}).init(jax.random.key(0), x)
+    with refuses(told, "bias, kernel"):
+        getattr(jnx, name)(nnx.Linear(2, 3, rngs=rngs), variable_filter=nnx.PathContains("kernle"), rngs=rngs)(x)

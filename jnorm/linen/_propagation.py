@@ -32,7 +32,8 @@ class NormalizationPropagation(nn.Module):
       param_dtype: of the scales.
       use_scale: learn the scales; else they are 1.
       scale_init: initializer of the scales.
-      variable_filter: the parameters whose path, such as "Dense_0/kernel", contains one of these are normalized; None: all.
+      variable_filter: the parameters whose path, such as "Dense_0/kernel", contains one of these are normalized, at least one;
+        None: all.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp

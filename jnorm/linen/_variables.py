@@ -9,7 +9,7 @@ import jax
 from flax.core import DenyList, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .._modules import errors_in
+from .._modules import check_selected, errors_in
 
 Initializer = Callable[..., Any]
 Path = tuple[str, ...]
@@ -98,17 +98,26 @@ def boxed_as(init: Initializer, start: Callable[[], jax.Array]) -> Initializer:
     return lambda key, shape, dtype: meta.replace_boxed(init(key, shape, dtype), start().astype(dtype))
 
 
-def call_with_params(module: nn.Module, layer: Any, change: Callable[[str, jax.Array], jax.Array], args: tuple, kwargs: dict) -> Any:
-    """The layer's output with each of its parameters changed, by path, for this call only."""
+def call_with_params(module: nn.Module, layer: Any, change: Callable[[str, jax.Array], jax.Array | None], args: tuple, kwargs: dict) -> Any:
+    """The layer's output with its parameters changed, by path, for this call only. None leaves one; not all may be left."""
     if module.is_initializing():
         layer(*args, **kwargs)  # makes the parameters, as the layer's own initializers give them
 
     def changed(collections: Any) -> Any:
+        left: list[str] = []
+
         def one(path: Any, value: Any) -> Any:
             name = f"{layer.name}/{jax.tree_util.keystr(path[1:], simple=True, separator='/')}"
             # A box of metadata, such as nn.Partitioned, stays around the parameter and is no part of its name.
-            return value.replace_boxed(change(name, value.unbox())) if is_box(value) else change(name, value)
+            new = change(name, value.unbox() if is_box(value) else value)
+            if new is None:
+                left.append(name)
+                return value
+            return value.replace_boxed(new) if is_box(value) else new
 
-        return jax.tree_util.tree_map_with_path(one, collections, is_leaf=is_box)
+        changed = jax.tree_util.tree_map_with_path(one, collections, is_leaf=is_box)
+        with errors_of(module):
+            check_selected(left, len(jax.tree.leaves(collections, is_leaf=is_box)))
+        return changed
 
     return nn.map_variables(lambda inner: inner(*args, **kwargs), "params", changed)(layer)

@@ -49,7 +49,8 @@ class WeightNorm(nn.Module):
       use_scale: learn the lengths; else they are 1.
       scale_init: initializer of the lengths.
       feature_axes: the axes along which the length varies; None: one length for each weight.
-      variable_filter: the parameters whose path, such as "Dense_0/kernel", contains one of these are normalized; None: all.
+      variable_filter: the parameters whose path, such as "Dense_0/kernel", contains one of these are normalized, at least one;
+        None: all.
       scale_from: where the lengths start. "init": as `scale_init` says; "norm": at those of the directions, so that the layer does at first
         what it does unwrapped (:func:`jnorm.reparam.weight_norm_scale`); "data": from the batch that `init` is given. A box of metadata
         that `scale_init` makes around the lengths stays.
@@ -184,7 +185,8 @@ class WeightStandardization(nn.Module):
       use_scale: learn a gain.
       scale_init: initializer of the gains.
       feature_axes: the axes of the outputs.
-      variable_filter: the parameters whose path, such as "Conv_0/kernel", contains one of these are standardized; None: all.
+      variable_filter: the parameters whose path, such as "Conv_0/kernel", contains one of these are standardized, at least one;
+        None: all.
       correction: 1 is the unbiased variance, 0 the biased.
       epsilon_mode: "outside", "inside" or "max".
       fan_in: n·σ² in place of σ²: scaled weight standardization.
@@ -314,10 +316,10 @@ def _selects(names: Iterable[str] | None) -> Callable[[str], bool]:
     return lambda path: any(name in path for name in wanted)
 
 
-def filtered(names: Iterable[str] | None, change: Callable[[str, jax.Array], jax.Array]) -> Callable[[str, jax.Array], jax.Array]:
-    """`change` of the parameters that are selected; the others as they are."""
+def filtered(names: Iterable[str] | None, change: Callable[[str, jax.Array], jax.Array]) -> Callable[[str, jax.Array], jax.Array | None]:
+    """`change` of the parameters that are selected, and None of the others."""
     selects = _selects(names)
-    return lambda path, value: change(path, value) if selects(path) else value
+    return lambda path, value: change(path, value) if selects(path) else None
 
 
 def scale_of(module: Any, path: str, value: jax.Array, start: Callable[[Any], jax.Array] | None = None) -> tuple[jax.Array | None, Any]:

@@ -31,7 +31,7 @@ class NormalizationPropagation(nnx.Module):
       param_dtype: of the scales.
       use_scale: learn the scales; else they are 1.
       scale_init: initializer of the scales.
-      variable_filter: which parameters are normalized.
+      variable_filter: which parameters are normalized, at least one.
       rngs: keys for `scale_init`.
 
     Example:

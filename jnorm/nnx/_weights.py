@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .._modules import check_output, check_scale_from, distinct_axes, feature_shape, result_dtype, state_keys, unit_of
+from .._modules import check_output, check_scale_from, check_selected, distinct_axes, feature_shape, result_dtype, state_keys, unit_of
 from ..reparam.spectral_norm import spectral_norm
 from ..reparam.weight_norm import weight_norm, weight_norm_data_init, weight_norm_scale
 from ..reparam.weight_standardization import EpsilonMode, weight_standardization
@@ -47,7 +47,7 @@ class WeightNorm(nnx.Module):
       epsilon: added to the sum of squares.
       dtype: of the weights that are used; None: what `promote_dtype` gives.
       param_dtype: of the lengths.
-      variable_filter: which parameters are normalized.
+      variable_filter: which parameters are normalized, at least one.
       promote_dtype: a function as `flax.nnx.nn.dtypes.promote_dtype`, of direction and length.
       rngs: keys for `scale_init`.
       scale_from: where the lengths start. "init": as `scale_init` says; "norm": at those of the directions, so that the layer does at first
@@ -190,7 +190,7 @@ class WeightStandardization(nnx.Module):
       epsilon: see :func:`jnorm.reparam.weight_standardization`.
       dtype: of the weights that are used; None: what `promote_dtype` gives.
       param_dtype: of the gains.
-      variable_filter: which parameters are standardized.
+      variable_filter: which parameters are standardized, at least one.
       promote_dtype: a function as `flax.nnx.nn.dtypes.promote_dtype`, of weight and gain.
       rngs: keys for `scale_init`.
       correction: 1 is the unbiased variance, 0 the biased.
@@ -384,25 +384,31 @@ def scales_of(module: Any, rngs: nnx.Rngs, start: Callable[[jax.Array, Any], jax
     if not module.use_scale:
         return nnx.data(None)
     scales = {}
-    for path, param in params_of(module.layer_instance).items():
-        if module.variable_filter(path, param):
-            features, shape = _features(module, path, param[...])
-            scales[path] = nnx.Param(module.scale_init(key_of(rngs, path), shape, module.param_dtype))
-            if start is not None:
-                with errors_of(module, path):
-                    scales[path].set_value(start(param[...], features))
+    for path, param in _selected(module).items():
+        features, shape = _features(module, path, param[...])
+        scales[path] = nnx.Param(module.scale_init(key_of(rngs, path), shape, module.param_dtype))
+        if start is not None:
+            with errors_of(module, path):
+                scales[path].set_value(start(param[...], features))
     return nnx.data(scales)
 
 
 def weights_of(module: Any) -> list[tuple[Path, jax.Array, jax.Array | None, Any]]:
     """Path, value, scale and feature axes of each parameter that the filter selects."""
     found = []
-    for path, param in params_of(module.layer_instance).items():
-        if module.variable_filter(path, param):
-            with errors_of(module, path):
-                scale = None if module.scales is None else _entry(module.scales, path)[...]
-            found.append((path, param[...], scale, _features(module, path, param[...])[0]))
+    for path, param in _selected(module).items():
+        with errors_of(module, path):
+            scale = None if module.scales is None else _entry(module.scales, path)[...]
+        found.append((path, param[...], scale, _features(module, path, param[...])[0]))
     return found
+
+
+def _selected(module: Any) -> dict[Path, nnx.Param[jax.Array]]:
+    params = params_of(module.layer_instance)
+    selected = {path: param for path, param in params.items() if module.variable_filter(path, param)}
+    with errors_of(module):
+        check_selected([text_of(path) for path in params if path not in selected], len(params))
+    return selected
 
 
 def _features(module: Any, path: Path, value: jax.Array) -> tuple[Any, tuple[int, ...]]:
