@@ -14,6 +14,7 @@ from ._norms.eval_norm_fit import eval_norm_fit, eval_norm_weights
 from ._pipeline.arguments import away_from_zero, check_switches
 from ._pipeline.axes import canonical_axes
 from ._pipeline.population import collects
+from ._pipeline.values import as_dtype
 from ._stats import stats_dtype
 from .typing import Axes, ScaleFrom
 
@@ -23,7 +24,7 @@ def floating(x: Any, dtype: Any) -> jax.Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.float32)
-    return x.astype(dtype) if dtype is not None and jnp.dtype(dtype) == np.float64 and not jnp.iscomplexobj(x) else x
+    return x.astype(dtype) if dtype is not None and as_dtype(dtype) == np.float64 and not jnp.iscomplexobj(x) else x
 
 
 def result_dtype(*arrays: Any, dtype: Any) -> Any:
@@ -104,6 +105,11 @@ class Unit(NamedTuple):
     kernel: tuple[Any, ...]
     bias: tuple[Any, ...] | None
     shape: tuple[int, ...]
+
+
+def told_layer(layer: Any) -> str:
+    """What an error says of what is no layer, most easily its class."""
+    return f"the class {layer.__name__}; make a layer of it, {layer.__name__}(...)" if isinstance(layer, type) else type(layer).__name__
 
 
 def check_selected(left: Sequence[str], number: int) -> None:

@@ -93,6 +93,9 @@ def combine(stats: Stats, axis: int) -> Stats:
     Returns:
       The merged :class:`Stats`; zeros where no member counted anything.
 
+    Raises:
+      TypeError: stats are none.
+
     Numerics:
       Means are compared by their difference from a common center, so merging shards at mean 1e4 keeps the accuracy of each.
 
@@ -110,6 +113,8 @@ def combine(stats: Stats, axis: int) -> Stats:
     References:
       Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
+    if not isinstance(stats, Stats):
+        raise TypeError(f"stats must be jnorm.Stats, as jnorm.moments returns them, got {type(stats).__name__}.")
     stats = Stats(stats.count, *(jnp.where(stats.count > 0, a, 0) for a in stats[1:]))
     count = stats.count.sum(axis, keepdims=True)
     weight = stats.count / jnp.maximum(count, 1)
@@ -144,7 +149,8 @@ def canonical_axis_names(
         return (), None
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     if not all(isinstance(name, Hashable) for name in names):
-        raise TypeError(f"{called} must be a name or a tuple of names, got {axis_name!r}.")
+        kinds = ", ".join(type(name).__name__ for name in names)
+        raise TypeError(f"{called} must be a name or a tuple of names, got {kinds}.")
     if len(set(names)) != len(names):
         raise ValueError(f"{called}={axis_name!r} names an axis twice.")
     sizes = bound_axis_sizes()
@@ -229,15 +235,12 @@ def _gather(v: jax.Array, names: AxisNames, groups: Groups = None, partitioned: 
             v = lax.all_gather(v, n, tiled=True)
     if of_mesh and types_track_varying():
         # Everybody holds the same v.
-        v = _flat(jnp.broadcast_to(v, (math.prod(lax.axis_size(n) for n in of_mesh), *v.shape)))
+        members = math.prod(lax.axis_size(n) for n in of_mesh)
+        v = jnp.broadcast_to(v, (members, *v.shape)).reshape(members * v.shape[0], *v.shape[1:])
     elif of_mesh:
         # Not with to="invarying": what JAX transposes inside pmap is then silently wrong.
         v = lax.all_gather(v, tuple(of_mesh), tiled=True)
     return lax.all_gather(v, tuple(tracked), tiled=True, to="invarying") if tracked else v
-
-
-def _flat(v: jax.Array) -> jax.Array:
-    return v.reshape(v.shape[0] * v.shape[1], *v.shape[2:])
 
 
 def _sum_over(v: jax.Array, names: AxisNames, groups: Groups) -> jax.Array:
@@ -272,10 +275,7 @@ def max_over(value: jax.Array, names: Collection[Hashable]) -> jax.Array:
 
 
 def all_concatenate(values: Sequence[jax.Array], names: AxisNames, axis: int) -> list[jax.Array]:
-    """Join everybody's part of each array along one of its axes, all arrays (of one shape) in one all-gather.
-
-    The names are mesh axes inside one device's part of a program that the compiler partitions.
-    """
+    """Join everybody's part of each array, all of one shape, along an axis, in one all-gather; the names as in `partitioned` below."""
     return list(lax.all_gather(jnp.stack(values), names, axis=axis + 1, tiled=True)) if names else list(values)
 
 

@@ -14,6 +14,7 @@ from .._pipeline.axes import Layout
 from .._pipeline.batch import Batch
 from .._pipeline.normalize import affine
 from .._pipeline.running import check_momentum, check_state, moved
+from .._pipeline.values import as_dtype, check_sizes
 from .._stats import Stats, inverse_sqrt, stats_dtype
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, Save
 
@@ -29,14 +30,19 @@ def batch_norm_state(num_features: int | Sequence[int], *, track_count: bool = F
     Returns:
       `{"mean": zeros, "var": ones}` of shape `(num_features,)`, and with `track_count` also `"count"`.
 
+    Raises:
+      ValueError: a negative size.
+      TypeError: sizes that are no ints; dtype is neither floating nor complex.
+
     Example:
       >>> import jnorm
       >>> {k: v.shape for k, v in jnorm.batch_norm_state(64, track_count=True).items()}
       {'mean': (64,), 'var': (64,), 'count': ()}
     """
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    if not jnp.issubdtype(as_dtype(dtype), jnp.inexact):
         raise TypeError(f"dtype must be floating or complex, got {jnp.dtype(dtype)}.")
-    shape = (int(num_features),) if isinstance(num_features, int | np.integer) else tuple(num_features)
+    sizes = (num_features,) if isinstance(num_features, int | np.integer) else num_features
+    shape = check_sizes(sizes, "num_features", "an int, such as x.shape[-1], or a sequence of ints")
     mean = jnp.zeros(shape, dtype)
     state = BatchNormState(mean=mean, var=jnp.ones(shape, mean.real.dtype))
     if track_count:

@@ -15,6 +15,7 @@ from .._pipeline.batch import Batch
 from .._pipeline.normalize import affine
 from .._pipeline.population import collected, collection, collects, with_collection
 from .._pipeline.running import check_momentum, check_state, update
+from .._pipeline.values import check_scalar
 from .._stats import Stats, inverse_sqrt, stats_dtype
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchRenormState, Limit, Mask, Momentum, RenormSchedules, Save
 from .batch_norm import batch_norm_state
@@ -119,8 +120,7 @@ def _map(epsilon: float, stats: Stats, aux: _Aux) -> tuple[jax.Array, jax.Array,
 
 def _check_limit(value: Any, name: str, least: int, dtype: Any) -> jax.Array:
     """A static limit that is too small is refused, a traced one clipped."""
-    if isinstance(value, str) or jnp.ndim(value) != 0 or jnp.iscomplexobj(value):
-        raise ValueError(f"{name} must be a real scalar, got {value!r}.")
+    check_scalar(value, name)
     if isinstance(value, int | float | np.number) and not float(value) >= least:
         raise ValueError(f"{name} must be at least {least}, which is batch normalization, got {value}.")
     return jnp.maximum(jnp.asarray(value, dtype), least)

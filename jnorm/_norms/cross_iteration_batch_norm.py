@@ -23,6 +23,7 @@ from .._pipeline.iterations import (
 from .._pipeline.marks import ADDED
 from .._pipeline.normalize import affine
 from .._pipeline.running import check_momentum, check_state, moved
+from .._pipeline.values import check_scalar, check_sizes, not_a_state
 from .._stats import Stats, combine, inverse_sqrt, stats_dtype
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, CrossIterationState, Mask, Momentum, WindowRule
 
@@ -65,9 +66,7 @@ def cross_iteration_batch_norm_state(
       >>> state["slopes"].shape, state["patches"].shape, state["counts"].tolist()
       ((3, 3, 3, 16, 32), (3, 3, 3, 16, 1), [0.0, 0.0, 0.0])
     """
-    if not isinstance(kernel_shape, Sequence) or not all(isinstance(n, int | np.integer) for n in kernel_shape):
-        raise TypeError(f"kernel_shape must be a sequence of ints, such as kernel.shape, got {kernel_shape!r}.")
-    kernel = tuple(int(n) for n in kernel_shape)
+    kernel = check_sizes(kernel_shape, "kernel_shape", "a sequence of ints, such as kernel.shape")
     check_kernel_shape(kernel, num_groups, "kernel_shape")
     if not isinstance(window, int | np.integer) or window < 1:
         raise ValueError(f"window must be an int of at least 1, which is this iteration alone, got {window!r}.")
@@ -242,8 +241,7 @@ def _check_layer(batch: Batch, kernel: jax.Array, linear_op: Any, num_groups: An
         raise TypeError(f"linear_op must be a function of inputs and kernel, such as jnp.matmul, got {linear_op!r}.")
     if rule not in ("max", "drop"):
         raise ValueError(f'rule must be "max" or "drop", got {rule!r}.')
-    if compensation is None or isinstance(compensation, str) or jnp.ndim(compensation) != 0 or jnp.iscomplexobj(compensation):
-        raise ValueError(f"compensation must be a real scalar, got {compensation!r}.")
+    check_scalar(compensation, "compensation")
     check_kernel_shape(kernel.shape, num_groups, "kernel")
     if batch.layout.feature_shape != kernel.shape[-1:]:
         raise ValueError(
@@ -262,8 +260,7 @@ def _check_state(state: Any, batch: Batch, kernel: jax.Array, num_groups: int) -
     keys = {"mean", "var", "index", *slot_shapes(kernel.shape, 0, num_groups, isinstance(state, dict) and "covariances" in state)}
     got = set(state) if isinstance(state, dict) else None
     if got is None or got - {"count", *ADDED} != keys:
-        what = type(state).__name__ if got is None else sorted(map(str, got))
-        raise ValueError(f"state must be a dict of {sorted(keys)} and optionally 'count', got {what}; make it with jnorm.{_MADE_BY}.")
+        raise not_a_state(state, f"{sorted(keys)} and optionally 'count'", _MADE_BY)
     slots = check_slots(state, kernel.shape, num_groups, _MADE_BY)
     check_state({k: state[k] for k in ("mean", "var", "count", *ADDED) if k in got}, batch.layout.feature_shape, made_by=_MADE_BY)
     return slots

@@ -10,6 +10,7 @@ from jax import lax
 from .._pipeline.arguments import Across, check_state_dtype
 from .._pipeline.moments import keepdims_moments
 from .._pipeline.running import check_momentum, check_state
+from .._pipeline.values import not_a_state
 from .._stats import Stats, all_combine, all_sum, combine
 from ..typing import Axes, AxisIndexGroups, AxisName, BatchNormState, EvalNormFit, Mask, Momentum
 from .batch_norm import batch_norm_state
@@ -43,8 +44,7 @@ def eval_norm_fit_state(num_features: int | Sequence[int], *, dtype: Any = jnp.f
 
 def check_fit(fit: Any, feature_shape: tuple[int, ...] | None = None) -> None:
     if not isinstance(fit, dict) or set(fit) != set(KEYS):
-        got = sorted(map(str, fit)) if isinstance(fit, dict) else type(fit).__name__
-        raise ValueError(f"fit must be a dict of {', '.join(map(repr, KEYS))}, got {got}; make it with jnorm.eval_norm_fit_state.")
+        raise not_a_state(fit, ", ".join(map(repr, KEYS)), "eval_norm_fit_state", "fit")
     shape = jnp.shape(fit[KEYS[0]]) if feature_shape is None else feature_shape
     for key in KEYS:
         if jnp.shape(fit[key]) != shape:

@@ -12,6 +12,7 @@ from .._pipeline.arguments import Across, broadcast_mask, check_dtype, check_sta
 from .._pipeline.axes import Layout, canonical_axes, others
 from .._pipeline.moments import keepdims_moments
 from .._pipeline.population import VALUES, collected, merged
+from .._pipeline.values import as_array, not_a_state
 from .._stats import Stats, stats_dtype
 from ..typing import Axes, AxisIndexGroups, AxisName, FeatureStatistics, Mask
 from .batch_norm import batch_norm_state
@@ -231,7 +232,7 @@ def unstandardize_features(
 
 
 def _read(x: Any, name: str = "x") -> jax.Array:
-    x = jnp.asarray(x)
+    x = as_array(x, name)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got {x.dtype}; standardize its real and imaginary parts as two features.")
     return check_x(x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32), name=name)
@@ -244,8 +245,7 @@ def _layout(x: jax.Array, feature_axes: Axes) -> Layout:
 
 def _check_keys(state: Any, name: str = "state") -> None:
     if not isinstance(state, dict) or set(state) != set(KEYS):
-        got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{name} must be a dict of 'count', 'mean' and 'var', got {got}; make it with jnorm.feature_statistics_state.")
+        raise not_a_state(state, "'count', 'mean' and 'var'", "feature_statistics_state", name)
     for key in KEYS:
         if jnp.shape(state[key]) != jnp.shape(state["mean"]):
             raise ValueError(f"{name}[{key!r}] must have the mean's shape {jnp.shape(state['mean'])}, got {jnp.shape(state[key])}.")

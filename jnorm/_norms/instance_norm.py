@@ -92,12 +92,13 @@ def instance_layout(x: jax.Array, reduction_axes: Axes | None, feature_axes: Axe
     reduced = others(x.ndim, (0,), features) if reduction_axes is None else canonical_axes(reduction_axes, x.ndim, "reduction_axes")
     if not reduced:
         raise ValueError(
-            f"x of shape {x.shape} has no axis to reduce: instance_norm keeps the first axis and feature_axes={feature_axes!r}. "
-            "For x of shape (N, C) use layer_norm, or give reduction_axes."
+            f"x of shape {x.shape} has no axis to reduce: instance normalization keeps the first axis and those of the features, and x has "
+            "no others. For x of shape (N, C) use layer normalization, or give reduction_axes."
         )
     if set(reduced) & set(features):
         raise ValueError(
-            f"reduction_axes={reduction_axes!r} and feature_axes={feature_axes!r} share an axis; layer_norm and group_norm reduce features."
+            f"reduction_axes={reduction_axes!r} and feature_axes={feature_axes!r} share an axis; layer and group normalization reduce "
+            "features."
         )
     return Layout(x.shape, reduced, features)
 

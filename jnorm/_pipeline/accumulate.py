@@ -44,7 +44,7 @@ def accumulated_moments(
 
     Raises:
       ValueError: no micro-batches, or different numbers of them; axes, a mask or names that do not fit.
-      TypeError: x is not floating, or f returns something else.
+      TypeError: x is not floating; f is no function, or returns something else.
 
     Numerics:
       As :func:`moments` and :func:`combine`: merged by count, all at once, so that uneven and empty micro-batches (masks) weigh what they
@@ -68,6 +68,8 @@ def accumulated_moments(
       Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     across = Across.of(axis_name, axis_index_groups)
+    if not callable(f):
+        raise TypeError(f"f must be a function of one micro-batch that returns x, or (x, mask), got {type(f).__name__}.")
     _check_batches(batches)
 
     # The scan itself keeps a micro-batch from being computed twice at once.

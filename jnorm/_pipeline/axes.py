@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..typing import Axes
+from .values import as_array, told
 
 
 def canonical_axes(axes: Axes, ndim: int, name: str, of: str = "x") -> tuple[int, ...]:
@@ -93,6 +94,7 @@ def pad_batch(x: jax.Array, multiple: int) -> tuple[jax.Array, jax.Array]:
 
     Raises:
       ValueError: x has no axes, or multiple is not positive.
+      TypeError: multiple is no int.
 
     Example:
       >>> import jax.numpy as jnp, jnorm
@@ -100,7 +102,9 @@ def pad_batch(x: jax.Array, multiple: int) -> tuple[jax.Array, jax.Array]:
       >>> x.shape, mask.ravel().tolist()
       ((8, 2), [True, True, True, True, True, False, False, False])
     """
-    x = jnp.asarray(x)
+    x = as_array(x)
+    if not isinstance(multiple, int | np.integer):
+        raise TypeError(f"multiple must be an int, such as the number of devices, got {told(multiple)}.")
     if x.ndim == 0 or multiple < 1:
         raise ValueError(f"pad_batch needs x with a batch axis and a positive multiple, got shape {x.shape} and multiple {multiple}.")
     missing = -len(x) % multiple

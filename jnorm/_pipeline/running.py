@@ -13,6 +13,7 @@ from .._stats import Stats, all_sum, max_over
 from ..typing import BatchNormState, Momentum
 from . import marks, population
 from .arguments import Across, check_statistics
+from .values import check_scalar, not_a_state
 
 State = TypeVar("State", bound=Mapping[str, Any])
 ALONE = Across()
@@ -31,9 +32,7 @@ def check_state(
     collecting = () if got is None else tuple(key for key in population.KEYS if key in got)
     apart = {collected for key, collected in population.APART.items() if key in keys and collecting}
     if got is None or got - {"count", *collecting, *apart, *marks.KEYS} != set(keys) or len(collecting) > 1:
-        wanted = ", ".join(map(repr, keys))
-        what = type(state).__name__ if got is None else sorted(map(str, got))
-        raise ValueError(f"state must be a dict of {wanted} and optionally 'count', got {what}; make it with jnorm.{made_by}.")
+        raise not_a_state(state, f"{', '.join(map(repr, keys))} and optionally 'count'", made_by)
     for key in (*keys, *collecting, *marks.marks_of(state)):
         if jnp.shape(state[key]) != feature_shape:
             raise ValueError(f"state[{key!r}] must have the shape of x's feature axes {feature_shape}, got {jnp.shape(state[key])}.")
@@ -56,9 +55,9 @@ def check_momentum(momentum: Momentum, state: Any) -> None:
                 "momentum=None is the cumulative average, which needs a count in the state: "
                 "make it with track_count=True, of the function that makes the state or of the module."
             )
-    elif isinstance(momentum, str) or jnp.ndim(momentum) != 0:
-        raise ValueError(f"momentum must be a scalar, got {momentum!r}.")
-    elif isinstance(momentum, int | float | np.number) and not 0 <= float(momentum) <= 1:
+        return
+    check_scalar(momentum, "momentum")
+    if isinstance(momentum, int | float | np.number) and not 0 <= float(momentum) <= 1:
         raise ValueError(f"momentum is the fraction of the old value that is kept, from 0 to 1, got {momentum}.")
 
 

@@ -10,6 +10,7 @@ from .._modules import distinct_axes, feature_shape, floating
 from .._norms.batch_renorm import batch_renorm, batch_renorm_state
 from .._norms.mean_only_batch_norm import mean_only_batch_norm, mean_only_batch_norm_state
 from .._pipeline.arguments import check_x
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchRenormState, Limit, Mask, MeanState, Momentum, Save
 from ._arguments import running_arguments, running_variables
 from ._variables import Initializer, errors_of
@@ -103,7 +104,7 @@ class BatchRenorm(nn.Module):
           y of x's shape.
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = check_x(floating(given, self.dtype))
             features = distinct_axes(self.feature_axes, x.ndim)
             variables = running_variables(self, batch_renorm_state, BatchRenormState, x, feature_shape(x, features, "feature_axes"))
@@ -174,7 +175,7 @@ class MeanOnlyBatchNorm(nn.Module):
     ) -> jax.Array:
         """Subtracts the mean; the arguments are those of :meth:`BatchNorm.__call__`, without complex x."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = check_x(floating(given, self.dtype))
             features = distinct_axes(self.feature_axes, x.ndim)
             variables = running_variables(self, mean_only_batch_norm_state, MeanState, x, feature_shape(x, features, "feature_axes"))

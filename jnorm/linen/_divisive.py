@@ -11,6 +11,7 @@ from .._modules import distinct_axes, feature_shape, floating, merged_axes, resu
 from .._norms.batch_norm import batch_norm_state
 from .._norms.divisive_batch_norm import divisive_batch_norm
 from .._norms.divisive_norm import divisive_norm
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Border, Mask, Momentum
 from ._arguments import running_arguments, running_variables
 from ._variables import Initializer, bias_param, errors_of, scale_param
@@ -80,7 +81,7 @@ class DivisiveNorm(nn.Module):
           y of x's shape, or (y, l1).
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = feature_shape(x, features, "feature_axes")
@@ -184,7 +185,7 @@ class DivisiveBatchNorm(nn.Module):
           y of x's shape, or (y, l1).
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             variables = running_variables(self, batch_norm_state, BatchNormState, x, feature_shape(x, features, "feature_axes"))

@@ -10,6 +10,7 @@ from .._modules import distinct_axes, feature_shape, floating, run_eval_norm
 from .._norms.batch_norm import batch_norm_state
 from .._norms.eval_norm_fit import KEYS, eval_norm_fit_state
 from .._pipeline.arguments import check_x
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, Save, Weight
 from ._arguments import running_arguments, running_variables
 from ._variables import Initializer, StateVariables, errors_of
@@ -27,7 +28,7 @@ class EvalNorm(nn.Module):
         `learn_weights`.
       var_weight: the share of its own variance; None: as mean_weight.
       learn_weights: fit both, per channel, to the batches of training calls that move the running statistics. Sums are forgotten by the
-        same momentum. It reads x once more.
+        same momentum. It reads x once more. Until something is fitted both are 0: evaluation is then that of plain batch normalization.
       use_running_average: evaluate. Give it here or to the call.
       feature_axes: the axes that keep their own statistics, not the first.
       reduction_axes: the axes of a sample's positions; None: all but the first and the feature axes. Training reduces the batch too.
@@ -109,7 +110,7 @@ class EvalNorm(nn.Module):
           y of x's shape.
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = check_x(floating(given, self.dtype))
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = feature_shape(x, features, "feature_axes")

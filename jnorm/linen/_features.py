@@ -4,7 +4,6 @@ from typing import Any, final
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from .._modules import distinct_axes, feature_shape, merged_axes, state_keys
 from .._norms.feature_standardization import (
@@ -14,6 +13,7 @@ from .._norms.feature_standardization import (
     unstandardize_features,
 )
 from .._pipeline.arguments import check_flag
+from .._pipeline.values import as_array
 from ..typing import Axes, AxisIndexGroups, AxisName, FeatureStatistics, Mask
 from ._variables import StateVariables, errors_of
 
@@ -69,7 +69,7 @@ class FeatureStandardization(nn.Module):
           z of x's shape.
         """
         with errors_of(self):
-            x = jnp.asarray(x)
+            x = as_array(x)
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = feature_shape(x, features, "feature_axes")
             variables = StateVariables(self, lambda: feature_statistics_state(shape), KEYS)
@@ -93,7 +93,7 @@ class FeatureStandardization(nn.Module):
             if not self.has_variable("batch_stats", "mean"):
                 raise ValueError('there are no statistics in the collection "batch_stats"; initialize and fit the module first.')
             state: Any = {key: self.get_variable("batch_stats", key) for key in KEYS}
-            z = jnp.asarray(z)
+            z = as_array(z, "z")
             return unstandardize_features(z, state, feature_axes=distinct_axes(self.feature_axes, z.ndim), **self._options())
 
     def _options(self) -> dict[str, Any]:

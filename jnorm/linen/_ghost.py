@@ -10,6 +10,7 @@ from .._modules import distinct_axes, feature_shape, floating
 from .._norms.batch_norm import batch_norm_state
 from .._norms.ghost_batch_norm import check_group_size, ghost_batch_norm
 from .._pipeline.arguments import check_x
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Grouping, GroupUpdate, Mask, Momentum, Remainder, Save
 from ._arguments import running_arguments, running_variables
 from ._variables import Initializer, errors_of
@@ -105,7 +106,7 @@ class GhostBatchNorm(nn.Module):
           y of x's shape.
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = check_x(floating(given, self.dtype))
             features = distinct_axes(self.feature_axes, x.ndim)
             variables = running_variables(self, batch_norm_state, BatchNormState, x, feature_shape(x, features, "feature_axes"))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from .._modules import distinct_axes, feature_shape, floating
 from .._norms.cross_mini_batch_norm import cross_mini_batch_norm, cross_mini_batch_norm_state
 from .._pipeline.arguments import check_x
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, CrossMiniBatchState, Mask, Momentum
 from ._arguments import running_arguments, running_variables
 from ._variables import Initializer, errors_of
@@ -104,7 +105,7 @@ class CrossMiniBatchNorm(nn.Module):
           y of x's shape.
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = check_x(floating(given, self.dtype))
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = feature_shape(x, features, "feature_axes")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .._modules import distinct_axes, feature_shape, floating, merged_axes, result_dtype
 from .._norms.add_norm import add_layer_norm, add_rms_norm
+from .._pipeline.values import as_array
 from ..typing import Axes, AxisIndexGroups, AxisName, Mask
 from ._variables import Initializer, bias_param, errors_of, scale_param
 
@@ -59,7 +60,7 @@ class AddLayerNorm(nn.Module):
     def __call__(self, x: jax.Array, residual: jax.Array, *, mask: Mask | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns y and x + residual; `mask` broadcasts against x, and what it counts enters the statistics."""
         with errors_of(self):
-            given, other = jnp.asarray(x), jnp.asarray(residual)
+            given, other = as_array(x), as_array(residual, "residual")
             x, residual = floating(given, self.dtype), floating(other, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = feature_shape(x, features, "feature_axes")
@@ -120,7 +121,7 @@ class AddRMSNorm(nn.Module):
     def __call__(self, x: jax.Array, residual: jax.Array, *, mask: Mask | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns y and x + residual; `mask` broadcasts against x, and what it counts enters the statistics."""
         with errors_of(self):
-            given, other = jnp.asarray(x), jnp.asarray(residual)
+            given, other = as_array(x), as_array(residual, "residual")
             x, residual = floating(given, self.dtype), floating(other, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             scale = scale_param(self, feature_shape(x, features, "feature_axes"))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .._modules import check_keeps_batch, distinct_axes, feature_shape, floating, merged_axes, result_dtype
 from .._norms.filter_response_norm import LEARNED_EPSILON_INIT, filter_response_norm, thresholded_linear_unit
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask
 from ._variables import Initializer, bias_param, errors_of, scale_param
 
@@ -65,7 +66,7 @@ class FilterResponseNorm(nn.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the mean square."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             check_keeps_batch(self.reduction_axes, features, x.ndim)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from .._modules import check_keeps_batch, distinct_axes, feature_shape, floating
 from .._norms.batch_norm import batch_norm, batch_norm_state
 from .._norms.tracked_instance_norm import tracked_instance_norm
+from .._pipeline.values import as_array
 from .._stats import Stats
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, Save
 from ._arguments import running_arguments, running_variables
@@ -105,7 +106,7 @@ class BatchNorm(nn.Module):
           y of x's shape.
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.axis, x.ndim)
             variables = running_variables(self, batch_norm_state, BatchNormState, x, feature_shape(x, features, "axis"))
@@ -191,7 +192,7 @@ class TrackedInstanceNorm(nn.Module):
     ) -> jax.Array:
         """Normalizes x; the arguments are those of :meth:`BatchNorm.__call__`."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             check_keeps_batch(self.reduction_axes, features, x.ndim)

@@ -10,6 +10,7 @@ from .._modules import check_groups, check_keeps_batch, distinct_axes, feature_s
 from .._norms.group_norm import group_norm
 from .._norms.instance_norm import instance_norm
 from .._norms.layer_norm import layer_norm, rms_norm
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask, Save
 from ._variables import Initializer, bias_param, errors_of, scale_param
 
@@ -65,7 +66,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = feature_shape(x, features, "feature_axes")
@@ -128,7 +129,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             scale = scale_param(self, feature_shape(x, features, "feature_axes"))
@@ -201,7 +202,7 @@ class GroupNorm(nn.Module):
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
             check_groups(self.num_groups, self.group_size)
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             shape = feature_shape(x, self.feature_axes, "feature_axes")
             scale, bias = scale_param(self, shape), bias_param(self, shape)
@@ -273,7 +274,7 @@ class InstanceNorm(nn.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             check_keeps_batch(self.reduction_axes, features, x.ndim)

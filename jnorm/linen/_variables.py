@@ -9,7 +9,7 @@ import jax
 from flax.core import DenyList, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from .._modules import check_selected, errors_in
+from .._modules import check_selected, errors_in, told_layer
 
 Initializer = Callable[..., Any]
 Path = tuple[str, ...]
@@ -66,8 +66,14 @@ class StateVariables:
                 variable.value = new[key]
 
 
+def check_layer(layer: Any) -> None:
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer_instance must be an nn.Module, got {told_layer(layer)}.")
+
+
 def params_of(layer: nn.Module) -> dict[Path, jax.Array]:
     """The parameters of a bound layer by path, out of their boxes."""
+    check_layer(layer)
     params: Any = meta.unbox(layer.variables.get("params", {}))
     return cast(dict[Path, jax.Array], flatten_dict(params))
 
@@ -100,6 +106,8 @@ def boxed_as(init: Initializer, start: Callable[[], jax.Array]) -> Initializer:
 
 def call_with_params(module: nn.Module, layer: Any, change: Callable[[str, jax.Array], jax.Array | None], args: tuple, kwargs: dict) -> Any:
     """The layer's output with its parameters changed, by path, for this call only. None leaves one; not all may be left."""
+    with errors_of(module):
+        check_layer(layer)
     if module.is_initializing():
         layer(*args, **kwargs)  # makes the parameters, as the layer's own initializers give them
 

@@ -10,6 +10,7 @@ from .._modules import distinct_axes, floating
 from .._norms.batch_renorm import batch_renorm, batch_renorm_state
 from .._norms.mean_only_batch_norm import mean_only_batch_norm, mean_only_batch_norm_state
 from .._pipeline.arguments import check_x
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchRenormState, Limit, Mask, MeanState, Momentum, Save
 from ._arguments import running_arguments, set_running_view
 from ._variables import (
@@ -155,7 +156,7 @@ class BatchRenorm(nnx.Module):
           y of x's shape.
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = check_x(floating(given, self.dtype))
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")
@@ -267,7 +268,7 @@ class MeanOnlyBatchNorm(nnx.Module):
     ) -> jax.Array:
         """Subtracts the mean; the arguments are those of :meth:`BatchNorm.__call__`, without complex x."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = check_x(floating(given, self.dtype))
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")

@@ -11,6 +11,7 @@ from .._modules import distinct_axes, floating
 from .._norms.batch_norm import batch_norm_state
 from .._norms.divisive_batch_norm import divisive_batch_norm
 from .._norms.divisive_norm import divisive_norm
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Border, Mask, Momentum
 from ._arguments import running_arguments, set_running_view
 from ._variables import (
@@ -127,7 +128,7 @@ class DivisiveNorm(nnx.Module):
           y of x's shape, or (y, l1).
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")
@@ -272,7 +273,7 @@ class DivisiveBatchNorm(nnx.Module):
           y of x's shape, or (y, l1).
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")

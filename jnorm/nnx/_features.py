@@ -3,7 +3,6 @@
 from typing import Any, final
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from .._modules import distinct_axes, merged_axes, state_keys
@@ -14,6 +13,7 @@ from .._norms.feature_standardization import (
     unstandardize_features,
 )
 from .._pipeline.arguments import check_flag
+from .._pipeline.values import as_array
 from ..typing import Axes, AxisIndexGroups, AxisName, FeatureStatistics, Mask
 from ._variables import errors_of, read_state, set_state, shape_of_features, static, write_state
 
@@ -85,7 +85,7 @@ class FeatureStandardization(nnx.Module):
           z of x's shape.
         """
         with errors_of(self):
-            x = jnp.asarray(x)
+            x = as_array(x)
             features, state = self._read(x)
             if check_flag(fit, "fit"):
                 new = feature_statistics(x, state, feature_axes=features, mask=mask, **merged_axes(self, True))
@@ -103,7 +103,7 @@ class FeatureStandardization(nnx.Module):
           x of z's shape.
         """
         with errors_of(self):
-            z = jnp.asarray(z)
+            z = as_array(z, "z")
             features, state = self._read(z)
             return unstandardize_features(z, state, feature_axes=features, **self._options())
 

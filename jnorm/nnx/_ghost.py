@@ -10,6 +10,7 @@ from .._modules import distinct_axes, floating
 from .._norms.batch_norm import batch_norm_state
 from .._norms.ghost_batch_norm import ghost_batch_norm
 from .._pipeline.arguments import check_x
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Grouping, GroupUpdate, Mask, Momentum, Remainder, Save
 from ._arguments import running_arguments, set_running_view
 from ._variables import (
@@ -161,7 +162,7 @@ class GhostBatchNorm(nnx.Module):
           y of x's shape.
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = check_x(floating(given, self.dtype))
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")

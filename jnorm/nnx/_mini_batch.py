@@ -9,6 +9,7 @@ from flax import nnx
 from .._modules import distinct_axes, floating
 from .._norms.cross_mini_batch_norm import cross_mini_batch_norm, cross_mini_batch_norm_state
 from .._pipeline.arguments import check_x
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, CrossMiniBatchState, Mask, Momentum
 from ._arguments import running_arguments, set_running_view
 from ._variables import (
@@ -161,7 +162,7 @@ class CrossMiniBatchNorm(nnx.Module):
           y of x's shape.
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = check_x(floating(given, self.dtype))
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")

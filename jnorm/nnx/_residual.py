@@ -8,6 +8,7 @@ from flax import nnx
 
 from .._modules import distinct_axes, floating, result_dtype
 from .._norms.add_norm import add_layer_norm, add_rms_norm
+from .._pipeline.values import as_array
 from ..typing import Axes, AxisIndexGroups, AxisName, Mask
 from ._variables import (
     NO_METADATA,
@@ -99,7 +100,7 @@ class AddLayerNorm(nnx.Module):
     def __call__(self, x: jax.Array, residual: jax.Array, *, mask: Mask | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns y and x + residual; `mask` broadcasts against x, and what it counts enters the statistics."""
         with errors_of(self):
-            given, other = jnp.asarray(x), jnp.asarray(residual)
+            given, other = as_array(x), as_array(residual, "residual")
             x, residual = floating(given, self.dtype), floating(other, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")
@@ -185,7 +186,7 @@ class AddRMSNorm(nnx.Module):
     def __call__(self, x: jax.Array, residual: jax.Array, *, mask: Mask | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns y and x + residual; `mask` broadcasts against x, and what it counts enters the statistics."""
         with errors_of(self):
-            given, other = jnp.asarray(x), jnp.asarray(residual)
+            given, other = as_array(x), as_array(residual, "residual")
             x, residual = floating(given, self.dtype), floating(other, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             scale = value(self.scale, shape_of_features(self, x, features, "feature_axes"))

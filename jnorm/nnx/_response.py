@@ -8,6 +8,7 @@ from flax import nnx
 
 from .._modules import check_keeps_batch, distinct_axes, floating
 from .._norms.filter_response_norm import LEARNED_EPSILON_INIT, filter_response_norm, thresholded_linear_unit
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask
 from ._variables import (
     NO_METADATA,
@@ -15,6 +16,7 @@ from ._variables import (
     Metadata,
     PromoteDtype,
     affine_param,
+    checked,
     errors_of,
     promote_dtype,
     shape_of_features,
@@ -96,7 +98,7 @@ class FilterResponseNorm(nnx.Module):
         self.bias = affine_param(use_bias, bias_init, num_features, param_dtype, rngs, bias_metadata)
         self.learned_epsilon = nnx.data(None)
         if use_learned_epsilon:
-            self.learned_epsilon = nnx.Param(learned_epsilon_init(rngs.params(), (), param_dtype), **learned_epsilon_metadata)
+            self.learned_epsilon = nnx.Param(learned_epsilon_init(checked(rngs).params(), (), param_dtype), **learned_epsilon_metadata)
         self.use_learned_epsilon = use_learned_epsilon
         self.epsilon = epsilon
         self.dtype = dtype
@@ -113,7 +115,7 @@ class FilterResponseNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the mean square."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             check_keeps_batch(self.reduction_axes, features, x.ndim)

@@ -9,6 +9,7 @@ from flax import nnx
 from .._modules import check_keeps_batch, distinct_axes, floating
 from .._norms.batch_norm import batch_norm, batch_norm_state
 from .._norms.tracked_instance_norm import tracked_instance_norm
+from .._pipeline.values import as_array
 from .._stats import Stats
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, BatchNormState, Mask, Momentum, Save
 from ._arguments import running_arguments, set_running_view
@@ -154,7 +155,7 @@ class BatchNorm(nnx.Module):
           y of x's shape.
         """
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.axis, x.ndim)
             shape = shape_of_features(self, x, features, "axis")
@@ -289,7 +290,7 @@ class TrackedInstanceNorm(nnx.Module):
     ) -> jax.Array:
         """Normalizes x; the arguments are those of :meth:`BatchNorm.__call__`."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             check_keeps_batch(self.reduction_axes, features, x.ndim)

@@ -10,6 +10,7 @@ from .._modules import check_groups, check_keeps_batch, distinct_axes, floating
 from .._norms.group_norm import group_norm, number_of_groups
 from .._norms.instance_norm import instance_norm
 from .._norms.layer_norm import layer_norm, rms_norm
+from .._pipeline.values import as_array
 from ..typing import Activation, Axes, AxisIndexGroups, AxisName, Mask, Save
 from ._variables import (
     NO_METADATA,
@@ -104,7 +105,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             shape = shape_of_features(self, x, features, "feature_axes")
@@ -192,7 +193,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             scale = value(self.scale, shape_of_features(self, x, features, "feature_axes"))
@@ -299,7 +300,7 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             shape = shape_of_features(self, x, self.feature_axes, "feature_axes")
             scale, bias = value(self.scale, shape), value(self.bias, shape)
@@ -401,7 +402,7 @@ class InstanceNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Normalizes x; `mask` broadcasts against it, and what it counts enters the statistics."""
         with errors_of(self):
-            given = jnp.asarray(x)
+            given = as_array(x)
             x = floating(given, self.dtype)
             features = distinct_axes(self.feature_axes, x.ndim)
             check_keeps_batch(self.reduction_axes, features, x.ndim)

@@ -7,11 +7,11 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from .._modules import errors_in, feature_shape, result_dtype
+from .._modules import errors_in, feature_shape, result_dtype, told_layer
+from .._pipeline.values import check_size
 from ..typing import Axes
 
 Initializer = Callable[..., Any]
@@ -44,9 +44,14 @@ def static(axes: Any) -> Any:
 
 def affine_param(use: bool, init: Initializer, features: int, dtype: Any, rngs: nnx.Rngs, metadata: Metadata) -> Any:
     """A parameter, or None as data, so that one may be put there later."""
-    if not isinstance(features, int | np.integer) or features < 0:
-        raise ValueError(f"num_features must be an int of at least 0, got {features!r}.")
-    return nnx.Param(init(rngs.params(), (features,), dtype), **metadata) if use else nnx.data(None)
+    check_size(features, "num_features")
+    return nnx.Param(init(checked(rngs).params(), (features,), dtype), **metadata) if use else nnx.data(None)
+
+
+def checked(rngs: Any) -> nnx.Rngs:
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs must be nnx.Rngs, such as nnx.Rngs(0) or nnx.Rngs(key), got {type(rngs).__name__}.")
+    return rngs
 
 
 def value(variable: nnx.Variable[jax.Array] | None, shape: tuple[int, ...]) -> jax.Array | None:
@@ -91,12 +96,14 @@ def write_state(module: nnx.Module, old: Any, new: Any) -> None:
 
 
 def params_of(layer: nnx.Module) -> dict[Path, nnx.Param[jax.Array]]:
+    if not isinstance(layer, nnx.Module):
+        raise TypeError(f"layer_instance must be an nnx.Module, got {told_layer(layer)}.")
     return dict(nnx.to_flat_state(nnx.state(layer, nnx.Param)))
 
 
 def key_of(rngs: nnx.Rngs, path: Path) -> jax.Array:
     """A key for one more parameter that leaves the stream where it is: the layers that are made next start as they do with Flax's class."""
-    return jax.random.fold_in(rngs["params"].key[...], int.from_bytes(text_of(path).encode(), "big") % (2**31 - 1))
+    return jax.random.fold_in(checked(rngs)["params"].key[...], int.from_bytes(text_of(path).encode(), "big") % (2**31 - 1))
 
 
 def with_params(layer: nnx.Module, values: Mapping[Path, jax.Array], copy: bool = False) -> nnx.Module:

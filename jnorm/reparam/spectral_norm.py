@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from .._pipeline.arguments import check_dtype, check_epsilon, check_flag, check_x
+from .._pipeline.values import check_size
 from .._stats import stats_dtype
 from ..typing import SpectralNormState
 from .weight_norm import l2_normalize
@@ -24,13 +25,17 @@ def spectral_norm_state(key: jax.Array, num_features: int, *, dtype: Any = jnp.f
     Returns:
       `{"u": (1, num_features), standard normal, "sigma": 1}`.
 
+    Raises:
+      ValueError: num_features is no int of at least 0.
+
     Example:
       >>> import jax, jnorm
       >>> state = jnorm.reparam.spectral_norm_state(jax.random.key(0), 4)
       >>> state["u"].shape, state["sigma"].shape
       ((1, 4), ())
     """
-    return SpectralNormState(u=jax.random.normal(key, (1, num_features), dtype), sigma=jnp.ones((), dtype))
+    shape = (1, check_size(num_features, "num_features"))
+    return SpectralNormState(u=jax.random.normal(key, shape, dtype), sigma=jnp.ones((), dtype))
 
 
 def spectral_norm(

@@ -67,6 +67,7 @@ def sync_state(
 
     Raises:
       ValueError: no `axis_name`, or one that is not bound; groups that do not fit; no running statistics in the tree.
+      TypeError: a string in the place of the tree.
 
     Numerics:
       In at least float32, around a common center, then in the dtype of each entry: a spread of 1e-4 of the mean is kept. Means must stay
@@ -87,6 +88,9 @@ def sync_state(
       Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979. Flax's examples take the mean
       of all entries over the devices (`cross_replica_mean`), variances and counts alike, which leaves the second term out.
     """
+    if isinstance(state, str):
+        got = f"the string {state!r}, and axis_name {type(axis_name).__name__}"
+        raise TypeError(f"state must be a tree with running statistics, and axis_name comes after it; got {got}.")
     try:
         across = Across.of(axis_name, axis_index_groups)
     except ValueError as error:
