@@ -1,5 +1,6 @@
 """Feature standardization of a data set in files: against float64 NumPy on the whole, in bounded memory; saved, and put into models."""
 
+import re
 import sys
 import tracemalloc
 import zipfile
@@ -477,17 +478,37 @@ def test_tables_of_text(tmp_path, rng):
     close(table(lines, max_bytes=1), x)
     with refuses("x.csv", "line 1 has names", "'a,b,c'", "csv_header=True"):
         table(f"a,b,c\n{lines}")
-    for text, line in (("1,2\n3,?", "lines 1 to 2"), ("?,2\n3,?", "lines 1 to 1"), ("a,b", "lines 1 to 1")):
-        with pytest.raises(ValueError, match=f"x.csv cannot be read: {line}: (?!.*csv_header)"):
-            table(text)
-    with refuses("x.csv", "lines 3 to 4", "'?'"):
-        table("1,2\n\n1,2\n3,?", csv_header=True)
-    for max_bytes in (1, 64 << 20):
-        with refuses("x.csv", "lines", "columns"):
-            table("1,2\n1,2\n3,4,5", max_bytes=max_bytes)
     for text in ("", "a,b\n", "# a,b\n"):
-        with refuses("x.csv", "empty"):
+        with refuses("x.csv", "is empty, without a line of numbers"):
             table(text, csv_header=True)
+
+
+NOT_NUMBERS = {
+    "1,2\n3,?": "line 2 has '?' in place of a number, in column 2; a missing value is an empty field, or nan.",
+    "1,2,x\n4,5,6\n7,8,9\n": "line 1 has 'x' in place of a number, in column 3; a missing",  # one row of data, and no names
+    "?,2\n3,?": "line 1 has '?' in place of a number, in column 1; a missing",
+    "a,b": "line 1 has 'a' in place of a number, in column 1; a missing",
+    "# one\n1,2\n\n3,N/A": "line 4 has 'N/A' in place of a number, in column 2; a missing",
+    "1;2;3\n4;5;6\n": "line 1 has '1;2;3' in place of a number, in column 1; columns must be separated by ',', as of",
+    "1,5;2,5\n": "line 1 has '5;2' in place of a number, in column 2; columns must be separated by ','",
+    "1 " * 70_000: "line 1 has '1 1 1",  # longer than a field of Python's reader
+    "1,2\n1,2\n3,4,5": "line 3 has 3 columns, the first of the numbers has 2.",
+    "1,2\n1,2\n3\n": "line 3 has 1 columns, the first of the numbers has 2.",
+}
+
+
+@pytest.mark.parametrize("max_bytes", [1, 64 << 20])
+@pytest.mark.parametrize("text", NOT_NUMBERS, ids=lambda text: text[:12])
+def test_a_field_of_a_table_that_is_no_number(text, max_bytes, tmp_path):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"x.csv cannot be read: {NOT_NUMBERS[text]}") + "(?!.*csv_header)"):
+        tools.feature_statistics_of_files(tmp_path / "x.csv", max_bytes=max_bytes)
+
+
+def test_a_field_below_the_names_that_is_no_number(tmp_path):
+    (tmp_path / "x.tsv").write_text("a\tb\n\n1\t2\n3\t4,5")
+    with refuses("line 4 has '4,5' in place of a number", r"separated by '\t', as of a .tsv file, not by ','"):
+        tools.feature_statistics_of_files(tmp_path / "x.tsv", csv_header=True)
 
 
 # --- progress -----------------------------------------------------------------------------------------------------------------

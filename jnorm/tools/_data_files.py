@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from ._text_tables import columns_of, lines_of, numbers_of
+
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".npy", ".npz", *DELIMITERS)
 Members = str | Sequence[str] | None
@@ -241,48 +243,18 @@ def _columns_first(
 
 
 def _of_table(path: Path, delimiter: str, header: bool) -> Part:
-    def lines() -> Iterator[tuple[int, str]]:
-        with path.open(encoding="utf-8-sig", newline=None) as stream:
-            for number, line in enumerate(stream, 1):
-                if line.partition("#")[0].strip():
-                    yield number, line
-
-    def parsed(some: list[tuple[int, str]]) -> np.ndarray:
-        text = [line for _, line in some]
-        try:
-            try:
-                return np.loadtxt(text, delimiter=delimiter, ndmin=2, quotechar='"')
-            except ValueError:  # slower, and knows that an empty field is a missing value
-                return np.loadtxt(text, delimiter=delimiter, ndmin=2, quotechar='"', converters=_number)
-        except ValueError as e:
-            raise ValueError(f"lines {some[0][0]} to {some[-1][0]}: {e}.") from e
-
-    def of_numbers(some: list[tuple[int, str]]) -> bool:
-        with contextlib.suppress(ValueError):
-            return parsed(some).size > 0
-        return False
-
     with reading(path):
-        first, second = (list(itertools.islice(lines(), at, at + 1)) for at in (int(header), int(header) + 1))
-        if second and not header and of_numbers(second) and not of_numbers(first):
-            raise ValueError(
-                f"line {first[0][0]} has names in place of numbers, {first[0][1].strip()[:60]!r}; csv_header=True leaves it out."
-            )
-        columns = parsed(first).shape[1] if first else 0
+        first = list(itertools.islice(lines_of(path), int(header), int(header) + 2))
+        if not first:
+            raise ValueError(f"it is empty, without a line of numbers{' after that of the names' if header else ''}.")
+        columns = columns_of(first, delimiter, header)
 
     def read(number: int) -> Iterator[Rows]:
         with reading(path):
-            left = itertools.islice(lines(), int(header), None)
+            left = itertools.islice(lines_of(path), int(header), None)
             while some := list(itertools.islice(left, number)):
-                block = parsed(some)
-                if block.shape[1] != columns:
-                    raise ValueError(f"lines {some[0][0]} to {some[-1][0]} have {block.shape[1]} columns, the first has {columns}.")
-                yield Rows(block, sum(len(line) for _, line in some))
+                yield Rows(numbers_of(some, delimiter, columns), sum(len(line.text) for line in some))
 
     # A line is held as a string, with what Python adds to one, while its numbers are made.
-    row_bytes = 2 * columns * 8 + 2 * len(first[0][1]) + 300 if first else 0
+    row_bytes = 2 * columns * 8 + 2 * len(first[0].text) + 300
     return _part(str(path), path, None, (-1, columns), np.float64, row_bytes, path.stat().st_size, read)
-
-
-def _number(field: str) -> float:
-    return float(field) if field.strip() else math.nan
