@@ -86,7 +86,9 @@ def _text(found: dict[str, Any]) -> str:
     if processes := {d["process"] for d in devices} - {0}:
         lines += [f"{'processes':10}{len(processes) + 1}"]
     lines += ["", f"{'kernels':10}{kernels['active']}: {kernels['reason']}"]
-    lines += [f"{'isa':10}{kernels['isa'] or 'none: the native kernels are missing'}", kernels["meaning"]]
+    isa = kernels["isa"] or "none: the native kernels are missing"
+    lines += [f"{'isa':10}{isa}" + (", of the native kernels, which are not used" if kernels["isa"] and kernels["active"] == "xla" else "")]
+    lines += [kernels["meaning"]]
     return "\n".join(lines + ([f"To change that: {kernels['fix']}"] if kernels["fix"] else []))
 
 

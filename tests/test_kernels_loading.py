@@ -148,3 +148,12 @@ def test_a_broken_library(what, bare, tmp_path):
     assert "jnorm uses XLA's code" in warning and said in warning and "pip install" in warning
     assert found["reason"] in warning and found["reason"] in found["refused"]
     assert python("-W", "ignore", "-c", f"{BY_PATH}import jnorm", package=package).stderr == ""
+
+
+def test_a_form_is_checked_at_the_call():
+    """As a plain statement it chooses nothing, but it says what is wrong."""
+    with pytest.raises(ValueError, match='jnorm.kernels must be "native" or "xla", got \'foo\''):
+        jnorm.kernels("foo")
+    before = jnorm.kernels_status()
+    jnorm.kernels("xla")
+    assert jnorm.kernels_status() == before

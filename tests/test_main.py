@@ -78,9 +78,12 @@ def test_a_failure_without_a_word(monkeypatch):
 
 
 def test_a_setting_of_kernels_that_there_is_not():
+    """The message alone; what imports jnorm for itself gets its error."""
     done = python("-m", "jnorm", JNORM_KERNELS="bogus")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("ValueError: the environment variable JNORM_KERNELS must be")
+    assert done.stderr == 'the environment variable JNORM_KERNELS must be "native" or "xla", got \'bogus\'.\n'
+    done = python("-c", "import jnorm", JNORM_KERNELS="bogus")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ValueError: the environment variable" in done.stderr
 
 
 def test_the_kernels_in_words(monkeypatch, capsys):
@@ -99,5 +102,8 @@ def test_the_kernels_in_words(monkeypatch, capsys):
     assert "Unset JNORM_KERNELS" in found["fix"]
     found = text("gpu", active="native", reason="installed", isa="avx2")
     assert "On gpu, the default platform here, it always computes with XLA's code" in found["meaning"]
+    assert "are not used" in main._text({**main.report(), "kernels": text(active="xla", reason="chosen", isa="avx2")})
+    text(active="native", reason="installed", isa="avx2")
     main.main([])
-    assert "To change that" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "To change that" not in out and "not used" not in out

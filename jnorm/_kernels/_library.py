@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +69,13 @@ def _checked(form: str, source: str) -> str:
 
 def _of_environment() -> str | None:
     wanted = os.environ.get(VARIABLE)
-    return _checked(wanted, f"the environment variable {VARIABLE}") if wanted else None
+    try:
+        return _checked(wanted, f"the environment variable {VARIABLE}") if wanted else None
+    except (ValueError, RuntimeError) as error:
+        # `python -m jnorm`, the report of what is wrong, imports this before a line of its own: the message is its answer.
+        if sys.argv[:1] == ["-m"] and "jnorm" in sys.orig_argv:
+            sys.exit(str(error))
+        raise
 
 
 _default = _of_environment()
@@ -104,9 +110,11 @@ def kernels_status() -> KernelsStatus:
     return KernelsStatus(active(), reason, _library.isa)
 
 
-@contextmanager
-def kernels(form: str) -> Iterator[None]:
+def kernels(form: str) -> AbstractContextManager[None]:
     """Choose the form of jnorm's ops on the CPU, for what this thread traces and compiles inside the `with` block.
+
+    It acts within `with` alone: as a plain statement it only checks the form. For a whole process set the environment variable
+    `JNORM_KERNELS`.
 
     Args:
       form: "native", jnorm's own kernels, or "xla", XLA's code. `jax.export` needs "xla": a serialized program cannot call into a library.
@@ -125,5 +133,10 @@ def kernels(form: str) -> Iterator[None]:
       >>> "custom_call" in exported.mlir_module()
       False
     """
-    with _chosen(_checked(form, "jnorm.kernels")):
+    return _choosing(_checked(form, "jnorm.kernels"))
+
+
+@contextmanager
+def _choosing(form: str) -> Iterator[None]:
+    with _chosen(form):
         yield
