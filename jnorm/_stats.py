@@ -149,8 +149,7 @@ def canonical_axis_names(
         return (), None
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     if not all(isinstance(name, Hashable) for name in names):
-        kinds = ", ".join(type(name).__name__ for name in names)
-        raise TypeError(f"{called} must be a name or a tuple of names, got {kinds}.")
+        raise TypeError(f"{called} must be a name or a tuple of names, got {axis_name!r}.")
     if len(set(names)) != len(names):
         raise ValueError(f"{called}={axis_name!r} names an axis twice.")
     sizes = bound_axis_sizes()

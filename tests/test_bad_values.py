@@ -104,8 +104,6 @@ def test_state_and_axis_name_swapped():
     with refuses("state must be a tree", "the string 'd', and axis_name dict", kind=TypeError) as error:
         tools.sync_state("d", {"batch_stats": STATE})
     assert "1." not in str(error.value)
-    with refuses("axis_name must be a name or a tuple of names, got dict.", kind=TypeError):
-        jnorm.batch_norm(X, STATE, axis_name={"batch_stats": STATE})
 
 
 def test_statistics_that_are_none():
