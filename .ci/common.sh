@@ -18,6 +18,9 @@ oldest_of() { sed -n "s/^dependencies = .*\"$1>=\([0-9.]*\)\".*/\1/p" pyproject.
 oldest_jax=$(oldest_of jax)
 oldest_flax=$(oldest_of flax)
 
+# Half of the files to each of two workers, as far as the halves take as long: what tests of one file share is made once.
+dist="--dist worksteal"
+
 current="setting up"
 trap 'run_ended $?' EXIT
 
@@ -144,7 +147,7 @@ readme_tests() {
   stage "the README's test command, newest JAX, with PyTorch, Keras, Haiku and Equinox (-m '$1')"
   [ -x .venv/bin/python ] || python -m venv .venv
   .venv/bin/python -m pip install "$torch" "$pyright" keras dm-haiku equinox
-  PYTEST_ADDOPTS="-m '$1' -rs --durations=15 --junitxml=$out/newest.xml" run_readme_command 2
+  PYTEST_ADDOPTS="-m '$1' $dist -rs --durations=15 --junitxml=$out/newest.xml" run_readme_command 2
   .venv/bin/python -c 'import jax, torch; print("tested with jax", jax.__version__, "and torch", torch.__version__)'
   tests_ran "$out/newest.xml" test_torch test_convert test_port_from_torch
 }
@@ -178,7 +181,7 @@ install_oldest() {
 
 # pytest_with PYTHON FORM REPORT PYTEST_ARGUMENT...: what is installed is tested, not the source tree (-P), with one form of the kernels.
 pytest_with() {
-  JNORM_KERNELS=$2 show_and_run "$1" -P -m pytest -n auto -q -rs --durations=15 "--junitxml=$out/$3.xml" "${@:4}"
+  JNORM_KERNELS=$2 show_and_run "$1" -P -m pytest -n auto $dist -q -rs --durations=15 "--junitxml=$out/$3.xml" "${@:4}"
 }
 
 # oldest_tests FORM PYTEST_ARGUMENT...

@@ -192,6 +192,11 @@ def test_no_function_of_a_micro_batch():
         jnorm.accumulated_moments(X, X, 0)
 
 
+def test_a_map_that_is_none():
+    with refuses("map must be a function of statistics and aux, got NoneType", kind=TypeError):
+        jnorm.normalize(X, None, (), reduction_axes=0, feature_axes=-1)  # pyright: ignore[reportArgumentType]
+
+
 # --- of modules -------------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +206,7 @@ def test_rngs_that_are_none(value):
     makers = (
         lambda: jnx.BatchNorm(6, rngs=value),
         lambda: jnx.WeightNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=value),
+        lambda: jnx.SpectralNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=value),
         lambda: jnx.FilterResponseNorm(6, use_scale=False, use_bias=False, use_learned_epsilon=True, rngs=value),
     )
     for make in makers:

@@ -10,6 +10,7 @@ from flax import nnx
 import jnorm
 from jnorm import linen as jnn
 from jnorm import nnx as jnx
+from pairwise import checkerboard
 from refusals import refuses
 from test_cross_iteration_batch_norm import LAYERS
 from test_modules import assert_equal
@@ -66,9 +67,9 @@ THROUGH = {"linen": by_linen, "nnx": by_nnx}
 OPTIONS = {"rule": "drop", "compensation": 0.5, "running_var_correction": 1, "momentum": 0.9, "activation": "relu"}
 
 
-@each_api
-@pytest.mark.parametrize(("kind", "options"), [("dense", OPTIONS), ("strided, grouped", {})])
-def test_the_wrapper_is_the_function(api, kind, options):
+@pytest.mark.parametrize(("api", "row"), checkerboard(["linen", "nnx"], [("dense", OPTIONS), ("strided, grouped", {})]))
+def test_the_wrapper_is_the_function(api, row):
+    kind, options = row
     """Bitwise, over three steps: y, the state, and the gradients of inputs, kernel, scale and bias."""
     kernel = LAYERS[kind][2]
     state = jnorm.cross_iteration_batch_norm_state(kernel, window=3, num_groups=LAYERS[kind][3].get("num_groups", 1))

@@ -260,12 +260,12 @@ def whole_on_devices(name, way, data):
     return jax_can(name, way) and (not way.startswith("batch and channels") or name in (*BY_CHANNEL, "local_response_norm_positions"))
 
 
-@pytest.mark.parametrize(("name", "way", "data"), matrix(NORMS, OVER_BATCH, 22, follows))
+@pytest.mark.parametrize(("name", "way", "data"), matrix(NORMS, OVER_BATCH, 12, follows))
 def test_norms_over_the_batch(name, way, data):
     run("batch", name, way, data)
 
 
-@pytest.mark.parametrize(("name", "way", "data"), matrix(OPTIONS, OVER_BATCH, 15, follows, pairs=True))
+@pytest.mark.parametrize(("name", "way", "data"), matrix(OPTIONS, OVER_BATCH, 8, follows, pairs=True))
 def test_options(name, way, data):
     run("batch", name, way, data)
 
@@ -382,7 +382,7 @@ WITH_CLASS = [n for n in [*NORMS, *SAMPLES, *OF_SAMPLES] if ALL[n].norm in cases
 ON_TYPES = ("explicit batch", "explicit channels", "explicit batch and channels", "explicit batch and positions", "partly manual, explicit")
 
 
-@pytest.mark.parametrize(("name", "api", "way"), matrix(WITH_CLASS, tuple(APIS), 10, data=ON_TYPES, pairs=True))
+@pytest.mark.parametrize(("name", "api", "way"), matrix(WITH_CLASS, tuple(APIS), 5, data=ON_TYPES, pairs=True))
 def test_modules_on_explicit_axes(name, api, way):
     case = ALL[name]
     ways = OVER_BATCH if name in NORMS else WITHIN_SAMPLES

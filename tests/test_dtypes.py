@@ -11,6 +11,7 @@ import cases
 import jnorm
 import oracles
 from cases import BY_NAME, FAMILY, PLAIN, replace
+from pairwise import checkerboard
 
 LOW = ["bfloat16", "float16"]
 
@@ -23,8 +24,7 @@ MORE = ["batch_norm_relu_residual", "layer_norm_mask", "group_norm_gelu", "add_l
 SOME = [*PLAIN, *(BY_NAME[name] for name in MORE), *FAMILY]
 
 
-@pytest.mark.parametrize("case", SOME, ids=name_of)
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("case", "dtype"), checkerboard(SOME, LOW), ids=lambda v: v if isinstance(v, str) else v.name)
 def test_low_precision(case, dtype):
     """y and dx are float32 answers rounded once; scale and bias are float32, and so are their gradients."""
     given = cases.inputs(case, dtype=dtype)

@@ -103,7 +103,7 @@ def run_all(api, name, rows):
     assert not failures, f"{len(failures)} of {len(rows)} combinations:\n" + "\n".join(failures[:5])
 
 
-QUICK = [("linen", "BatchNorm"), ("nnx", "LayerNorm"), ("nnx", "GroupNorm")]
+QUICK = [("linen", "BatchNorm"), ("nnx", "GroupNorm")]
 PAIRS = [pytest.param(api, name, marks=[pytest.mark.slow] * ((api, name) not in QUICK)) for name in NORMS for api in APIS]
 
 

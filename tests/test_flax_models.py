@@ -182,7 +182,7 @@ def losses(api, kind, ours, state):
     return found, float(evaluate(state))
 
 
-PAIRS = [pytest.param(api, kind, marks=[pytest.mark.slow] * ((api, kind) != ("linen", "resnet"))) for api in CHECKPOINTS for kind in KINDS]
+PAIRS = [pytest.param(api, kind, marks=pytest.mark.slow) for api in CHECKPOINTS for kind in KINDS]
 
 
 @pytest.mark.parametrize(("api", "kind"), PAIRS)

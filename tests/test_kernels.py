@@ -17,6 +17,7 @@ import oracles
 from cases import BY_NAME, replace
 from jnorm._kernels import column
 from native_fuzz import native, python
+from pairwise import checkerboard
 
 FEW, MANY = 12, 300
 
@@ -235,8 +236,10 @@ MEMORY = ["batch_norm", "batch_norm_relu_residual", "layer_norm", "rms_norm", "g
 
 
 @native
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*MEMORY, "batch_norm_output_mask", "rms_norm_output", "group_norm_output"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    checkerboard([*MEMORY, "batch_norm_output_mask", "rms_norm_output", "group_norm_output"], ["float32", "bfloat16"]),
+)
 def test_memory(name, dtype):
     """No temporary of the size of x: numbers by row, of 512 values, and by sample and channel, of 576, are the largest. What is kept is x,
     or y in its place, or the sum, and the residual where an activation follows it."""

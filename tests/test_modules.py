@@ -70,9 +70,10 @@ def promoted(*arrays):
     return np.dtype("float32") if any(a.dtype == np.float32 for a in arrays) else np.dtype(jnp.bfloat16)
 
 
-ONE_EACH = [c for c in WITH_CLASS if c.options.get("save") != "output" and (not c.own or c in cases.FAMILY)]
+MIXED = [c for c in WITH_CLASS if c.options.get("save") != "output"]  # which asks for y of x's dtype
+ONE_EACH = [c for c in MIXED if not c.own or c in cases.FAMILY]
 PROMOTING = checkerboard(ONE_EACH, THROUGH)
-PROMOTING += [pytest.param(c, api, marks=pytest.mark.slow) for c in WITH_CLASS if c.own and c not in ONE_EACH for api in THROUGH]
+PROMOTING += [pytest.param(c, api, marks=pytest.mark.slow) for c in MIXED if c not in ONE_EACH for api in THROUGH]
 
 
 def dtype_of_y(case, given, api):

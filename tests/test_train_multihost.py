@@ -111,7 +111,8 @@ train_multihost.main(["--quick", "--checkpoint", sys.argv[1]])
 DEATHS = {"os._exit(7)": (7, "ended with exit status 7"), "raise OSError('the disk is gone')": (1, "OSError: the disk is gone")}
 
 
-@pytest.mark.parametrize("how", ["raise OSError('the disk is gone')", pytest.param("os._exit(7)", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_launch_local.py has the same without a training
+@pytest.mark.parametrize("how", DEATHS)
 def test_a_process_that_dies_ends_the_run(how, tmp_path):
     (tmp_path / "script.py").write_text(USES_EXAMPLES + DIES.format(how=how))
     ended = launch("--processes", 2, tmp_path / "script.py", tmp_path / "checkpoint")

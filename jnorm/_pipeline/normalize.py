@@ -204,6 +204,8 @@ def normalize(
       Ioffe, Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167, for the map that started it.
     """
     x = check_x(x)
+    if not callable(map):
+        raise TypeError(f"map must be a function of statistics and aux, got {type(map).__name__}.")
     layout = Layout.of(x, reduction_axes, feature_axes)
     across = Across.of(axis_name, axis_index_groups)
     y, stats = run(

@@ -17,6 +17,7 @@ from ._variables import (
     Path,
     PromoteDtype,
     call_with_params,
+    checked,
     errors_of,
     key_of,
     params_of,
@@ -317,7 +318,7 @@ class SpectralNorm(nnx.Module):
         stats = {}
         for path, w in self._matrices():
             initial = SpectralNormState(
-                u=nnx.initializers.normal()(rngs.params(), (1, w.shape[-1]), param_dtype), sigma=jnp.ones((), param_dtype)
+                u=nnx.initializers.normal()(checked(rngs).params(), (1, w.shape[-1]), param_dtype), sigma=jnp.ones((), param_dtype)
             )
             stats |= {(*path, key): nnx.BatchStat(initial[key]) for key in state_keys(SpectralNormState)}
         self.batch_stats = nnx.data(stats)
