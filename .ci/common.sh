@@ -141,12 +141,15 @@ build_docs() {
   show_and_run "$tools/sphinx-build" -W --keep-going -n -q -b html docs "$out/docs"
 }
 
-# readme_tests MARKERS: the README's test command as it stands; pyright and the other libraries are installed beforehand, so that their
-# tests are not skipped.
-readme_tests() {
-  stage "the README's test command, newest JAX, with PyTorch, Keras, Haiku and Equinox (-m '$1')"
+# Into the environment of the README's test command: pyright and the other libraries, so that their tests are not skipped.
+install_peers() {
   [ -x .venv/bin/python ] || python -m venv .venv
   .venv/bin/python -m pip install "$torch" "$pyright" keras dm-haiku equinox
+}
+
+# readme_tests MARKERS: the README's test command as it stands, after install_peers.
+readme_tests() {
+  stage "the README's test command, newest JAX, with PyTorch, Keras, Haiku and Equinox (-m '$1')"
   PYTEST_ADDOPTS="-m '$1' $dist -rs --durations=15 --junitxml=$out/newest.xml" run_readme_command 2
   .venv/bin/python -c 'import jax, torch; print("tested with jax", jax.__version__, "and torch", torch.__version__)'
   tests_ran "$out/newest.xml" test_torch test_convert test_port_from_torch

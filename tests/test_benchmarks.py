@@ -62,6 +62,8 @@ def figures(name, case):
 
 # Numbers per channel, row, or sample and channel: at most 8 of float32 for each row of 512 values.
 SMALL = {"float32": 8 / 512, "bfloat16": 16 / 512}
+# So many times that XLA writes between its loops: before 0.10.2 up to 34 numbers a row, beside 512 of an array of x's size.
+BETWEEN_LOOPS = 2 if jax.__version_info__ >= (0, 10, 2) else 5
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_bytes(form, operation, dtype):
         floor = cases.floor(case, "step", 1 << 30) + (2 if op == "add_act" else 0)
         assert found["traffic"] <= floor + 6 * SMALL[dtype]
     else:
-        assert found["temp"] <= xla_temp(norm, op, dtype) + 2 * SMALL[dtype]
+        assert found["temp"] <= xla_temp(norm, op, dtype) + BETWEEN_LOOPS * SMALL[dtype]
 
 
 def xla_temp(norm, op, dtype):
