@@ -62,7 +62,7 @@ def figures(name, case):
 
 # Numbers per channel, row, or sample and channel: at most 8 of float32 for each row of 512 values.
 SMALL = {"float32": 8 / 512, "bfloat16": 16 / 512}
-# So many times that XLA writes between its loops: before 0.10.2 up to 34 numbers a row, beside 512 of an array of x's size.
+# So many times that XLA writes between its loops: before 0.10.2 some 34 numbers a row, beside 512 of an array of x's size.
 BETWEEN_LOOPS = 2 if jax.__version_info__ >= (0, 10, 2) else 5
 
 
